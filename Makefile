@@ -1,0 +1,74 @@
+# make lab    install everything into .venv, open JupyterLab on the first notebook
+# make test   install, then: ruff, unit tests, every notebook compared, the browser
+# make peers  compare live with llama.cpp and others (builds llama-cpp-python the first time: 6 to 8 minutes)
+# Another interpreter: make lab PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NBVAL := --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-current-env --nbval-cell-timeout=120
+
+# Two OpenMP processes that spin on two cores slow each other twentyfold; sleeping at barriers costs almost nothing.
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: lab test lint unit notebooks browser peers bench refresh wheel clean help
+
+lab: $(VENV)/.lab
+	$(BIN)/llmlab lab
+
+test: lint unit notebooks browser
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+
+unit: $(VENV)/.test
+	$(BIN)/python -m pytest tests
+
+notebooks: $(VENV)/.test
+	$(BIN)/python -m pytest notebooks $(NBVAL)
+
+browser: $(VENV)/.test
+	$(BIN)/python -m pytest tests/browser
+
+peers: $(VENV)/.peers
+	$(BIN)/python -m pytest tests/peers
+
+bench: $(VENV)/.peers
+	$(BIN)/python -m pytest tests/bench -s
+
+# Executes every notebook in place; widget state and timings stay out of the files.
+refresh: $(VENV)/.test
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=120 \
+	  --ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+wheel: $(VENV)/.test
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+
+help:
+	@sed -n '1,4s/^# //p' Makefile
+
+# A file in .venv per kind of install: a second call does nothing until pyproject.toml changes.
+$(VENV)/.lab: EXTRAS :=
+$(VENV)/.test: EXTRAS := [test]
+$(VENV)/.peers: EXTRAS := [test,peers]
+
+$(VENV)/.lab $(VENV)/.test $(VENV)/.peers: $(VENV)/.made pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.$(EXTRAS)'
+	@touch $@
+
+# .made holds the folder it was made in: a checkout that was moved, or a Python that is gone, gets a new environment.
+READY := $(shell [ "$$(cat $(VENV)/.made 2>/dev/null)" = "$(CURDIR)" ] && $(BIN)/python -c 'print("ready")' 2>/dev/null)
+ifneq ($(READY),ready)
+.PHONY: $(VENV)/.made
+endif
+
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: llmlab needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@printf '%s' '$(CURDIR)' > $@

@@ -1,0 +1,205 @@
+"""The same functions from a shell: llmlab fit, size, mix, doctor, fetch, models, gpus, lab.
+
+Imports wait until a command needs them, so that an answer takes a fraction of a second; nothing here imports torch.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+
+from .errors import LabError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status: 0, or 2 for input that cannot be used."""
+    arguments, rest = _parser().parse_known_args(argv)
+    if rest and arguments.run is not _lab:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return arguments.run(arguments, rest) or 0
+    except LabError as error:
+        print(f"llmlab: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:              # `llmlab mix ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("llmlab: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+    parser = argparse.ArgumentParser(prog="llmlab", description="Will it fit, what does it cost, and what to do if it does not.")
+    parser.add_argument("--version", action="version", version=f"llmlab {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_fit(commands)
+    for name, run, says in (("size", _size, "exact bytes of a model in a quant"),
+                            ("mix", _mix, "the format each tensor gets in a quant")):
+        one = commands.add_parser(name, help=says)
+        one.add_argument("model", metavar="MODEL", help="name, GGUF, config.json or its folder, or hub id")
+        one.add_argument("quant", metavar="QUANT", nargs="?", help="such as Q4_K_M; as stored in a GGUF, else Q4_K_M")
+        one.add_argument("--importance", action="store_true", help="quantized with an importance matrix")
+        _finish(one, run)
+    _finish(commands.add_parser("doctor", help="what this computer is, what is free, what is missing"), _doctor)
+    one = commands.add_parser("fetch", help="get a model: smollm2-135m, or a name on the hub")
+    one.add_argument("name", metavar="NAME", help="smollm2-135m, owner/repo, owner/repo:Q4_K_M or owner/repo/file.gguf")
+    one.add_argument("--folder", help="where to put it (default: llmlab's cache)")
+    _finish(one, _fetch)
+    for name, run, filter, says in (("models", _models, "family", "the models of the catalogue"),
+                                    ("gpus", _gpus, "vendor", "the cards of the catalogue")):
+        one = commands.add_parser(name, help=says)
+        one.add_argument(filter, nargs="?", help=f"only this {filter}")
+        _finish(one, run)
+    one = commands.add_parser("lab", help="open JupyterLab on the notebooks; further options go to jupyter lab")
+    one.set_defaults(run=_lab)
+    return parser
+
+
+def _add_fit(commands) -> None:
+    one = commands.add_parser("fit", help="whether a model fits a card, term by term")
+    one.add_argument("model", metavar="MODEL", help="name, GGUF, config.json or its folder, or hub id")
+    one.add_argument("--gpu", action="append", metavar="CARD", help="a card (again for several); 'none': the host alone; "
+                     "default: this computer")
+    one.add_argument("--quant", help="such as Q4_K_M (default: as stored in a GGUF, else Q4_K_M)")
+    one.add_argument("--context", type=int, default=8192, help="tokens that all sequences share (default 8192)")
+    one.add_argument("--kv", default="f16", help="cache type, or K,V: q8_0 or q8_0,q4_0 (default f16)")
+    one.add_argument("--engine", default="llama.cpp", help="llama.cpp (default), transformers or vllm")
+    one.add_argument("--gpu-layers", default="auto", help="'auto', or how many (blocks, and the output as one more)")
+    one.add_argument("--n-cpu-moe", type=int, default=0, help="blocks whose experts stay on the host")
+    one.add_argument("--split", help="shares of several cards: 3,1")
+    one.add_argument("--host", help="RAM, like '32 GiB' (default: this computer's with --gpu none, else unlimited)")
+    one.add_argument("--sequences", type=int, default=1)
+    one.add_argument("--batch", type=int, default=2048)
+    one.add_argument("--ubatch", type=int, default=512)
+    one.add_argument("--no-flash-attention", action="store_true")
+    one.add_argument("--importance", action="store_true", help="quantized with an importance matrix")
+    one.add_argument("--swa-full", action="store_true", help="llama.cpp's full-size sliding-window cache")
+    one.add_argument("--unified", action="store_true", help="one cache for all sequences")
+    _finish(one, _fit)
+
+
+def _finish(parser: argparse.ArgumentParser, run) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def _print_json(value) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _fit(a: argparse.Namespace, rest: list[str]) -> None:
+    from .fitting import fit
+    kv = tuple(a.kv.split(",")) if "," in a.kv else a.kv
+    layers = int(a.gpu_layers) if a.gpu_layers.lstrip("-").isdigit() else a.gpu_layers
+    report = fit(a.model, _asked_cards(a.gpu), quant=a.quant, context=a.context, kv=kv, engine=a.engine, gpu_layers=layers,
+                 n_cpu_moe=a.n_cpu_moe, split=a.split.split(",") if a.split else None, host=a.host, sequences=a.sequences,
+                 batch=a.batch, ubatch=a.ubatch, flash_attention=not a.no_flash_attention, importance=a.importance,
+                 swa_full=a.swa_full, unified=a.unified)
+    if a.json:
+        _print_json(report.to_dict())
+        return
+    print(report.answer)
+    print(report.table)
+    if report.speed.decode_tps:
+        low, best, high = report.speed.decode_tps
+        print(f"speed, modelled: about {best:.0f} tokens per second ({low:.0f} to {high:.0f}) with the context full")
+
+
+def _asked_cards(names: list[str] | None):
+    """A card, several, None for the host alone, or this computer."""
+    if names is None:
+        from .hardware import machine
+        return machine()
+    if [n.lower() for n in names] == ["none"]:
+        return None
+    return names
+
+
+def _size(a: argparse.Namespace, rest: list[str]) -> None:
+    from .memory import size_of
+    from .shapes import model_spec
+    from .units import format_bytes
+    size = size_of(model_spec(a.model), a.quant, a.importance)
+    if a.json:
+        _print_json({"tensor_bytes": size.tensor_bytes, "bits_per_weight": size.bits_per_weight,
+                     "needs_importance": size.needs_importance})
+        return
+    print(f"{size.tensor_bytes} bytes ({format_bytes(size.tensor_bytes)}), {size.bits_per_weight:.4f} bits per weight"
+          + (", needs an importance matrix" if size.needs_importance else ""))
+
+
+def _mix(a: argparse.Namespace, rest: list[str]) -> None:
+    from .memory import mix_of
+    from .shapes import model_spec
+    found = mix_of(model_spec(a.model), a.quant, a.importance)
+    if a.json:
+        _print_json(found)
+        return
+    for name, type in found.items():
+        print(f"{type:8} {name}")
+
+
+def _doctor(a: argparse.Namespace, rest: list[str]) -> None:
+    from .hardware import doctor
+    report = doctor()
+    if a.json:
+        _print_json(report.to_dict())
+    else:
+        print(report)
+
+
+def _fetch(a: argparse.Namespace, rest: list[str]) -> None:
+    from .sources import fetch
+    path = fetch(a.name, folder=a.folder, progress=not a.json and sys.stderr.isatty())
+    if a.json:
+        _print_json({"path": str(path)})
+    else:
+        print(path)
+
+
+def _models(a: argparse.Namespace, rest: list[str]) -> None:
+    from .catalog import models
+    _show(models(a.family), a.json)
+
+
+def _gpus(a: argparse.Namespace, rest: list[str]) -> None:
+    from .catalog import gpus
+    _show(gpus(a.vendor), a.json)
+
+
+def _show(table, as_json: bool) -> None:
+    if as_json:
+        _print_json(list(table))
+    else:
+        print(table)
+
+
+def _lab(a: argparse.Namespace, rest: list[str]) -> int:
+    """Open JupyterLab on 00_start.ipynb; an installed llmlab copies its notebooks to a folder of the user's first."""
+    from .places import notebooks
+    folder = notebooks()
+    start = folder / "00_start.ipynb"
+    if shutil.which("jupyter-lab") is None and not _importable("jupyterlab"):
+        raise LabError("JupyterLab is not installed; pip install jupyterlab")
+    command = [sys.executable, "-m", "jupyterlab", *rest, str(start)]
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in rest:
+        command.insert(3, "--allow-root")
+    print(f"notebooks: {folder}", flush=True)
+    os.chdir(folder.parent if (folder.parent / "pyproject.toml").exists() else folder)
+    os.execv(sys.executable, command)
+
+
+def _importable(name: str) -> bool:
+    from importlib.util import find_spec
+    return find_spec(name) is not None
+
+
+
+
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The whole catalogue at once: for every model and card, the best quant with which all of it fits."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from . import catalog
+from .catalog import Gpu
+from .errors import LabError
+from .fitting import QUANT_LADDER, compute_high, overhead_high
+from .memory import cache_bytes, cache_types, card_bytes, check_settings
+from .shapes import ModelSpec, model_spec
+
+
+@dataclass(frozen=True)
+class FitMap:
+    """`best[i][j]`: the most faithful quant of `ladder` with which model i fits card j, or None."""
+
+    models: tuple[ModelSpec, ...]
+    cards: tuple[Gpu, ...]
+    context: int
+    kv: tuple[str, str]
+    ladder: tuple[str, ...]
+    best: tuple[tuple[str | None, ...], ...]
+
+    def count(self) -> int:
+        """Pairs that fit in some quant."""
+        return sum(quant is not None for row in self.best for quant in row)
+
+    @property
+    def answer(self) -> str:
+        """The map in one sentence."""
+        pairs = len(self.models) * len(self.cards)
+        return (f"{self.count():,} of {pairs:,} pairs fit whole with {self.context:,} tokens of context: {len(self.models)} models "
+                f"on {len(self.cards)} cards.")
+
+    def figure(self):
+        """A heat map, models by cards (plotly)."""
+        from .lab.figures import map_figure
+        return map_figure(self)
+
+
+def fit_map(models: Iterable | None = None, cards: Iterable | None = None, context: int = 8192,
+            kv: str | tuple[str, str] = "f16", ladder: tuple[str, ...] = QUANT_LADDER, ubatch: int = 512) -> FitMap:
+    """Best quant that fits, for every model on every card: `llmlab.fit_map`.
+
+    The same arithmetic as `fit` under llama.cpp with all layers on one card, and the same verdict "fits".
+    models None: the catalogue; cards None: all of the catalogue. Models are ordered by size, cards by memory.
+    """
+    check_settings(context, ubatch=ubatch)
+    types = cache_types(kv)
+    specs = sorted((model_spec(m) for m in (catalog.entries() if models is None else models)), key=lambda s: s.params)
+    found = [row["id"] for row in catalog.gpus()] if cards is None else cards
+    chosen = sorted((catalog.gpu(c) for c in found), key=lambda c: c.memory)
+    room = [(c.memory if c.free is None else c.free) - overhead_high(c) for c in chosen]
+    rows = []
+    for spec in specs:
+        needs = _needs(spec, context, types, ladder, ubatch)
+        rows.append(tuple(next((quant for quant, need in needs if need <= space), None) for space in room))
+    return FitMap(tuple(specs), tuple(chosen), context, types, tuple(ladder), tuple(rows))
+
+
+def _needs(spec: ModelSpec, context: int, kv: tuple[str, str], ladder: tuple[str, ...], ubatch: int) -> list[tuple[str, int]]:
+    """(quant, high estimate of the bytes on a card beside its overhead) for each quant the model's widths allow."""
+    cache = cache_bytes(spec, context, kv, ubatch=ubatch)
+    beside = cache.kv + cache.recurrent + compute_high(spec, context, ubatch)
+    found = []
+    for quant in ladder:
+        try:
+            found.append((quant, card_bytes(spec, quant) + beside))
+        except LabError:
+            continue
+    return found

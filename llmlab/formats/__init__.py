@@ -1,0 +1,11 @@
+"""Block formats: bytes <-> numbers, one file a family, found by themselves."""
+
+from importlib import import_module as _import_module
+from pkgutil import iter_modules as _iter_modules
+
+from .registry import BY_ID, FORMATS, Format, register
+
+for _module in _iter_modules(__path__):
+    _import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["BY_ID", "FORMATS", "Format", "register"]

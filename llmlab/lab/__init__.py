@@ -1,0 +1,10 @@
+"""What is seen in JupyterLab: pure figures -> state (traits) -> view (widgets), never mixed.
+
+The only room that imports ipywidgets and plotly.
+"""
+
+from .fit_panel import FitExplorer
+from .live import LiveFigure
+from .state import FitState
+
+__all__ = ["FitExplorer", "FitState", "LiveFigure"]

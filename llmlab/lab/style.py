@@ -1,0 +1,27 @@
+"""One look for every figure, readable on light and dark pages and without colour vision."""
+
+GREY = "#808080"                       # readable on white and on black
+GRID = "rgba(128,128,128,.25)"
+FAINT = "rgba(128,128,128,.12)"
+
+# Okabe and Ito's palette ("Color Universal Design", 2008): told apart with any kind of colour vision.
+BLUE, ORANGE, SKY, GREEN, RED, PINK, YELLOW = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442")
+
+TERMS = {  # name of a term -> (what a legend calls it, colour)
+    "weights": ("weights", BLUE), "kv_cache": ("KV cache", ORANGE), "recurrent": ("recurrent state", PINK),
+    "compute": ("compute", SKY), "overhead": ("overhead", "#999999"), "output": ("output", GREEN),
+    "repacked": ("repacked copies", YELLOW),
+}
+VERDICTS = {"fits": ("✔", GREEN), "may spill": ("≈", ORANGE), "does not fit": ("✘", RED)}
+
+
+def layout(**more) -> dict:
+    """A plotly layout for both themes: transparent, grey text, the legend in a row above."""
+    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID}
+    return {
+        "template": None, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": GREY, "size": 13}, "margin": {"l": 12, "r": 24, "t": 40, "b": 44},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "traceorder": "normal"},
+        "hoverlabel": {"align": "left", "namelength": -1, "font": {"size": 13}},
+        **more, "xaxis": {**axis, **more.get("xaxis", {})}, "yaxis": {**axis, **more.get("yaxis", {})},
+    }

@@ -1,0 +1,68 @@
+"""The shell command: what it prints, what it refuses, and that it never imports torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llmlab.cli import main
+
+
+def run(capsys, *argv):
+    status = main(list(argv))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_fit_in_words_and_json(capsys):
+    status, out, _ = run(capsys, "fit", "llama-3-8b", "--gpu", "rtx-3060-12gb")
+    assert status == 0 and out.startswith("Llama 3 8B in Q4_K_M") and "modelled" in out and "exact" in out
+    status, out, _ = run(capsys, "fit", "llama-3-8b", "--gpu", "rtx-3060-12gb", "--context", "4096", "--kv", "q8_0,q4_0", "--json")
+    said = json.loads(out)
+    assert said["fits"] and said["devices"]["gpu0"]["kv_cache"] == 32 * 1024 * 4096 * (34 + 18) // 32
+    _, out, _ = run(capsys, "fit", "llama-3-70b", "--gpu", "rtx-3090-24gb", "--gpu", "rtx-3090-24gb", "--json")
+    assert set(json.loads(out)["devices"]) == {"gpu0", "gpu1", "host"}
+    _, out, _ = run(capsys, "fit", "smollm2-135m", "--gpu", "none", "--host", "8 GiB", "--json")
+    assert set(json.loads(out)["devices"]) == {"host"}
+
+
+def test_size_and_mix(capsys):
+    _, out, _ = run(capsys, "size", "llama-3-8b", "IQ4_XS", "--json")
+    assert json.loads(out) == {"tensor_bytes": 4476526592, "bits_per_weight": pytest.approx(4.4597, abs=1e-4),
+                               "needs_importance": False}
+    _, out, _ = run(capsys, "size", "llama-3-8b", "IQ4_XS", "--importance", "--json")
+    assert json.loads(out)["tensor_bytes"] < 4476526592
+    _, out, _ = run(capsys, "mix", "llama-3-8b", "Q4_K_M", "--json")
+    assert json.loads(out)["output.weight"] == "Q6_K"
+    _, out, _ = run(capsys, "size", "llama-3-8b", "IQ2_M")
+    assert "importance matrix" in out
+
+
+def test_tables_and_doctor(capsys):
+    for command in ("models", "gpus", "doctor"):
+        status, out, _ = run(capsys, command)
+        assert status == 0 and len(out.splitlines()) > 4
+        status, out, _ = run(capsys, command, "--json")
+        assert status == 0 and json.loads(out)
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["fit", "lama-3-8b"], "did you mean"), (["fit", "llama-3-8b", "--gpu", "rtx-9999"], "rtx"),
+    (["fit", "llama-3-8b", "--context", "-5"], "context"), (["size", "llama-3-8b", "Q4_Z"], "Q4_"),
+    (["fit", "gone.gguf"], "gone.gguf"), (["fit", "llama-3-8b", "--gpu-layers", "many"], "gpu_layers")])
+def test_bad_input_gets_one_line_and_status_2(capsys, argv, says):
+    status, out, err = run(capsys, *argv)
+    assert status == 2 and out == "" and err.startswith("llmlab: ") and says in err and err.count("\n") == 1
+
+
+def test_no_command_imports_torch():
+    code = ("import sys; from llmlab.cli import main; main(['fit', 'llama-3-8b', '--gpu', 'rtx-3060-12gb', '--json']);"
+            "bad = {'torch', 'transformers', 'plotly', 'ipywidgets', 'numpy'} & set(sys.modules); sys.exit(f'imported {bad}' if bad else 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "llmlab", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("llmlab ")
