@@ -383,7 +383,7 @@ def _block(architecture: str, kv: dict, t: Traits, plan: _Plan, b: Layer) -> Ite
         yield from _recurrent_mixer(architecture, kv, width)
     if b.experts:
         yield from _experts(architecture, kv, t, plan, b, width)
-    if b.ff and not (architecture in _RECURRENT_ONLY):
+    if b.ff and architecture not in _RECURRENT_ONLY:
         yield from _dense(t, plan, b, width)
     elif b.shared_ff and not b.experts:                  # Granite 4 without experts: the shared MLP is the dense one
         yield from _dense(t, plan, b, width, b.shared_ff)

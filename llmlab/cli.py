@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
-    parser = argparse.ArgumentParser(prog="llmlab", description="Will it fit, what does it cost, and what to do if it does not.")
+    parser = argparse.ArgumentParser(
+        prog="llmlab", description="Will it fit, what does it cost, and what to do if it does not.")
     parser.add_argument("--version", action="version", version=f"llmlab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_fit(commands)

@@ -30,8 +30,8 @@ class FitMap:
     def answer(self) -> str:
         """The map in one sentence."""
         pairs = len(self.models) * len(self.cards)
-        return (f"{self.count():,} of {pairs:,} pairs fit whole with {self.context:,} tokens of context: {len(self.models)} models "
-                f"on {len(self.cards)} cards.")
+        return (f"{self.count():,} of {pairs:,} pairs fit whole with {self.context:,} tokens of context: "
+                f"{len(self.models)} models on {len(self.cards)} cards.")
 
     def figure(self):
         """A heat map, models by cards (plotly)."""

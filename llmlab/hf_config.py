@@ -27,7 +27,8 @@ ARCHITECTURES = {  # model_type -> GGUF architecture
     "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid",
     "gpt_oss": "gpt-oss", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "kimi_k2": "deepseek2",
     "glm4_moe_lite": "deepseek2", "glm4": "glm4", "glm4_moe": "glm4moe", "glm4v_moe": "glm4moe",
-    "glm4v_moe_text": "glm4moe", "glm4v": "glm4", "glm4v_text": "glm4", "minimax_m2": "minimax-m2", "smollm3": "smollm3", "olmo": "olmo", "olmo2": "olmo2",
+    "glm4v_moe_text": "glm4moe", "glm4v": "glm4", "glm4v_text": "glm4", "minimax_m2": "minimax-m2",
+    "smollm3": "smollm3", "olmo": "olmo", "olmo2": "olmo2",
     "olmo3": "olmo2", "olmoe": "olmoe", "falcon": "falcon", "cohere": "command-r", "cohere2": "cohere2",
     "nemotron": "nemotron", "nemotron_h": "nemotron_h", "lfm2": "lfm2", "lfm2_moe": "lfm2moe",
     "llama4": "llama4", "llama4_text": "llama4", "starcoder2": "starcoder2", "stablelm": "stablelm",
@@ -121,9 +122,7 @@ def translate(fields: dict, where: str = "config.json", mtp: bool | None = None,
     if architecture is None:
         raise BadConfig(f"{where}: model_type {c.model_type!r:.60} is not known; give a GGUF of the model instead, "
                         "or add a row to llmlab/hf_config.py and llmlab/architectures.py")
-    listed = c.raw("layers_block_type") if c.model_type == "nemotron_h" else None
-    count = len(listed) if listed and isinstance(listed, (list, tuple)) and len(listed) <= 1024 else c.number(
-        "num_hidden_layers", "n_layer", "num_layers", "n_layers", high=1024)
+    count = _layer_count(c)
     width = c.number("hidden_size", "n_embd", "d_model", "dim", high=2**24)
     kv: dict = {"block_count": count, "embedding_length": width,
                 "context_length": c.number("max_position_embeddings", "n_positions", "max_seq_len", default=2048, high=2**40),
@@ -154,15 +153,25 @@ def translate(fields: dict, where: str = "config.json", mtp: bool | None = None,
     return architecture, kv, _traits(c, architecture, kv)
 
 
+def _layer_count(c: Config) -> int:
+    if c.model_type == "nemotron_h" and "num_hidden_layers" not in c.given:     # transformers 5 saves the pattern alone
+        listed = c.raw("layers_block_type", "hybrid_override_pattern", "layer_types")
+        if isinstance(listed, (list, tuple, str)) and 0 < len(listed) <= 1024:
+            return len(listed)
+    return c.number("num_hidden_layers", "n_layer", "num_layers", "n_layers", high=1024)
+
+
 def _has_state(c: Config) -> bool:
-    """Whether any layer of a Granite 4 is recurrent; all are where the config lists none."""
+    """Whether any layer of a Granite 4 is recurrent; all are where the config lists none but has the sizes for it."""
     kinds = c.raw("layer_types", "layers_block_type")
-    return kinds is None or any(kind in ("mamba", "linear_attention") for kind in kinds)
+    if kinds is None:
+        return c.raw("mamba_n_heads") is not None
+    return any(kind in ("mamba", "linear_attention") for kind in kinds)
 
 
 def _has_experts(c: Config) -> bool:
     """Whether a Nemotron-H has expert layers: its pattern says, whatever the class default of the expert count."""
-    return any(kind in ("E", "moe") for kind in c.raw("hybrid_override_pattern", "layers_block_type") or ())
+    return any(kind in ("E", "moe") for kind in c.raw("hybrid_override_pattern", "layers_block_type", "layer_types") or ())
 
 
 def _vocabulary(c: Config, architecture: str) -> int:
@@ -298,7 +307,8 @@ def _granite(c: Config, kv: dict, count: int) -> None:
 
 
 def _nemotron_h(c: Config, kv: dict, count: int) -> None:
-    pattern = c.listed("hybrid_override_pattern", count) or c.listed("layers_block_type", count)
+    pattern = next((found for name in ("hybrid_override_pattern", "layers_block_type", "layer_types")
+                    if (found := c.listed(name, count))), None)
     if pattern is None:
         raise BadConfig(f"{c.where} has no hybrid_override_pattern (nemotron_h)")
     attention = [p in ("*", "attention", "full_attention") for p in pattern]
@@ -383,7 +393,8 @@ def _mamba(c: Config, kv: dict, count: int) -> None:
     rank = c.raw("time_step_rank", default="auto")
     rank = -(-kv["embedding_length"] // 16) if rank == "auto" else c.number("time_step_rank")
     kv |= {"ssm.conv_kernel": c.number("conv_kernel", "d_conv", default=4), "ssm.inner_size": inner,
-           "ssm.state_size": c.number("state_size", "d_state", default=16), "ssm.time_step_rank": rank, "feed_forward_length": 0}
+           "ssm.state_size": c.number("state_size", "d_state", default=16), "ssm.time_step_rank": rank,
+           "feed_forward_length": 0}
 
 
 def _mamba2(c: Config, kv: dict, count: int) -> None:
@@ -422,7 +433,8 @@ def _plain_dense(c: Config, kv: dict, count: int) -> None:
 
 
 _SPECIAL = {"deepseek2": _deepseek, "glm4moe": _glm4moe, "qwen3next": _deltanet, "qwen35": _deltanet, "qwen35moe": _deltanet,
-            "granitehybrid": _granite_hybrid, "granite": _granite, "nemotron_h": _nemotron_h, "nemotron_h_moe": _nemotron_h, "lfm2": _lfm2, "lfm2moe": _lfm2, "gemma4": _gemma4,
+            "granitehybrid": _granite_hybrid, "granite": _granite, "nemotron_h": _nemotron_h, "nemotron_h_moe": _nemotron_h,
+            "lfm2": _lfm2, "lfm2moe": _lfm2, "gemma4": _gemma4,
             "gemma3n": _gemma3n, "step35": _step35, "mamba": _mamba, "mamba2": _mamba2, "falcon-h1": _falcon_h1,
             "jamba": _jamba, "gpt2": _plain_dense, "phi2": _plain_dense, "gptneox": _plain_dense, "falcon": _plain_dense}
 
@@ -442,7 +454,8 @@ def _traits(c: Config, architecture: str, kv: dict) -> Traits:
         architecture in ("starcoder2", "ernie4_5") and c.flag("use_bias", default=architecture == "starcoder2"))
     if architecture == "falcon":
         mlp = output = qkv
-    qk = {"qwen3": "head", "qwen3moe": "head", "qwen3vl": "head", "qwen3vlmoe": "head", "gemma3": "head", "gemma3n": "head", "gemma4": "head", "olmo2": "full",
+    qk = {"qwen3": "head", "qwen3moe": "head", "qwen3vl": "head", "qwen3vlmoe": "head", "gemma3": "head",
+          "gemma3n": "head", "gemma4": "head", "olmo2": "full",
           "olmoe": "full", "minimax-m2": "full", "lfm2": "head", "lfm2moe": "head", "step35": "head", "exaone4": "head",
           "hunyuan-dense": "head", "qwen3next": "head", "qwen35": "head", "qwen35moe": "head"}.get(architecture, "")
     if architecture == "glm4moe" and c.flag("use_qk_norm"):
@@ -462,6 +475,7 @@ def _traits(c: Config, architecture: str, kv: dict) -> Traits:
     return Traits(
         tied=bool(tied) if tied is not None else c.model_type in _TIED_BY_DEFAULT,
         qkv_bias=qkv, output_bias=output, mlp_bias=mlp, qk_norm=qk, rope_freqs=freqs, rope_factors=factors,
+        second_norm=c.model_type == "falcon" and c.flag("new_decoder_architecture"),
         router_bias=_router_bias(c, architecture), mtp_own_embeddings=architecture == "glm4moe")
 
 

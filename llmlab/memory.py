@@ -124,8 +124,11 @@ def _rule(spec: ModelSpec, mix: Mix, importance: bool) -> Callable[[Role], str]:
 
 
 def _engine_type(spec: ModelSpec, mix: Mix, tensor: Tensor) -> str:
-    """Engines that load a checkpoint quantize linear layers and leave embeddings, head, norms and routers as they are."""
-    return mix.name if _is_linear(tensor) else spec.dtype
+    """Engines that load a checkpoint quantize linear layers and leave embeddings, head, norms and routers as they are.
+    transformers 5 holds the routed experts of a block as one parameter, which bitsandbytes leaves alone too (measured)."""
+    if not _is_linear(tensor) or (mix.engine == "transformers" and "_exps." in tensor.name):
+        return spec.dtype
+    return mix.name
 
 
 _NOT_LINEAR = ("token_embd.", "output.", "position_embd.", "per_layer_token_embd.", "ffn_gate_inp.", "ssm_conv1d",

@@ -18,7 +18,8 @@ def run(capsys, *argv):
 def test_fit_in_words_and_json(capsys):
     status, out, _ = run(capsys, "fit", "llama-3-8b", "--gpu", "rtx-3060-12gb")
     assert status == 0 and out.startswith("Llama 3 8B in Q4_K_M") and "modelled" in out and "exact" in out
-    status, out, _ = run(capsys, "fit", "llama-3-8b", "--gpu", "rtx-3060-12gb", "--context", "4096", "--kv", "q8_0,q4_0", "--json")
+    status, out, _ = run(capsys, "fit", "llama-3-8b", "--gpu", "rtx-3060-12gb", "--context", "4096", "--kv", "q8_0,q4_0",
+                         "--json")
     said = json.loads(out)
     assert said["fits"] and said["devices"]["gpu0"]["kv_cache"] == 32 * 1024 * 4096 * (34 + 18) // 32
     _, out, _ = run(capsys, "fit", "llama-3-70b", "--gpu", "rtx-3090-24gb", "--gpu", "rtx-3090-24gb", "--json")
@@ -58,7 +59,8 @@ def test_bad_input_gets_one_line_and_status_2(capsys, argv, says):
 
 def test_no_command_imports_torch():
     code = ("import sys; from llmlab.cli import main; main(['fit', 'llama-3-8b', '--gpu', 'rtx-3060-12gb', '--json']);"
-            "bad = {'torch', 'transformers', 'plotly', 'ipywidgets', 'numpy'} & set(sys.modules); sys.exit(f'imported {bad}' if bad else 0)")
+            "bad = {'torch', 'transformers', 'plotly', 'ipywidgets', 'numpy'} & set(sys.modules);"
+            "sys.exit(f'imported {bad}' if bad else 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

@@ -18,7 +18,8 @@ from llmlab.units import MIB
 PUBLISHED = list(csv.DictReader((Path(__file__).parent / "golden" / "gguf_file_sizes.csv").open()))
 MODEL_OF = {
     "bartowski/Meta-Llama-3.1-8B-Instruct-GGUF": "llama-3.1-8b", "unsloth/Llama-3.2-3B-Instruct-GGUF": "llama-3.2-3b",
-    "Qwen/Qwen3-4B-GGUF": "qwen3-4b", "Qwen/Qwen3-8B-GGUF": "qwen3-8b", "Qwen/Qwen2.5-Coder-7B-Instruct-GGUF": "qwen2.5-coder-7b",
+    "Qwen/Qwen3-4B-GGUF": "qwen3-4b", "Qwen/Qwen3-8B-GGUF": "qwen3-8b",
+    "Qwen/Qwen2.5-Coder-7B-Instruct-GGUF": "qwen2.5-coder-7b",
     "Qwen/Qwen2.5-1.5B-Instruct-GGUF": "qwen2.5-1.5b", "Qwen/Qwen2.5-3B-Instruct-GGUF": "qwen2.5-3b",
     "Qwen/Qwen2.5-0.5B-Instruct-GGUF": "qwen2.5-0.5b", "unsloth/Qwen3-30B-A3B-GGUF": "qwen3-30b-a3b"}
 
@@ -171,12 +172,14 @@ def test_recurrent_state_does_not_grow():
     short, long, many = (cache_bytes(spec, c, sequences=n) for c, n in ((1024, 1), (65536, 1), (65536, 4)))
     assert short.recurrent == long.recurrent > 0 and many.recurrent == 4 * long.recurrent
     layer = next(b for b in spec.layers if b.mixer == "recurrent")
-    kernel, inner, groups, state = (spec.metadata[f"ssm.{k}"] for k in ("conv_kernel", "inner_size", "group_count", "state_size"))
+    kernel, inner, groups, state = (
+        spec.metadata[f"ssm.{k}"] for k in ("conv_kernel", "inner_size", "group_count", "state_size"))
     assert (layer.conv_state, layer.ssm_state) == ((kernel - 1) * (inner + 2 * groups * state), state * inner)
 
 
 @pytest.mark.parametrize("settings, says", [
-    (dict(context=0), "context"), (dict(context=-5), "context"), (dict(context=2.5), "context"), (dict(context=True), "context"),
+    (dict(context=0), "context"), (dict(context=-5), "context"), (dict(context=2.5), "context"),
+    (dict(context=True), "context"),
     (dict(context=2**40), "context"), (dict(context=8, sequences=9), "sequences"), (dict(context=512, ubatch=0), "ubatch"),
     (dict(context=512, kv="q9"), "q9"), (dict(context=512, kv=("f16",)), "pair"), (dict(context=512, kv=None), "kv"),
     (dict(context=512, engine="ollama"), "ollama"), (dict(context=512, kv="fp8"), "fp8"),

@@ -102,21 +102,45 @@ def _plain(text: str) -> str:
 
 
 def map_figure(found: FitMap) -> go.Figure:
-    """A heat map, models by cards: the most faithful quant with which all of it fits; blank where none does."""
-    rank = {quant: len(found.ladder) - at for at, quant in enumerate(found.ladder)}
-    names = [_plain(f"{m.title} · {format_count(m.params)}") for m in found.models]
-    cards = [_plain(f"{c.name} · {format_bytes(c.memory, 0)}") for c in found.cards]
+    """A heat map, models by cards: the most faithful quant with which all of it fits; empty where none does."""
+    steps = len(found.ladder)
+    rank = {quant: steps - at for at, quant in enumerate(found.ladder)}      # the last of the ladder is 1
+    models = [_plain(f"{m.title} · {format_count(m.params)}") for m in found.models]
+    cards = [_plain(f"{c.name}, {format_bytes(c.memory, 0)}") for c in found.cards]
     groups: dict[int, list[int]] = {}
     for at, card in enumerate(found.cards):
         groups.setdefault(round(card.memory / GIB), []).append(at)
-    edges = [{"type": "line", "x0": members[0] - 0.5, "x1": members[0] - 0.5, "y0": -0.5, "y1": len(names) - 0.5,
-              "line": {"color": GRID, "width": 1}} for members in list(groups.values())[1:]]
-    figure = go.Figure(go.Heatmap(
-        z=[[rank.get(quant) for quant in row] for row in found.best],
-        text=[[quant or "does not fit in any" for quant in row] for row in found.best],
-        customdata=None, colorscale="Cividis", zmin=1, zmax=len(rank), hoverongaps=True, xgap=0, ygap=1,
-        hovertemplate="%{y}<br>%{meta}<br><b>%{text}</b><extra></extra>",
-        colorbar={"tickvals": list(rank.values()), "ticktext": list(rank), "title": {"text": "best quant"}, "thickness": 14,
-                  "len": min(1, 460 / max(12 * len(names), 1)) if len(names) > 40 else 1, "y": 1, "yanchor": "top", "outlinewidth": 0,
-                  "tickfont": {"size": 11}}))
-    return figure, cards, edges
+    edges = [{"type": "line", "xref": "x", "yref": "paper", "x0": at[0] - 0.5, "x1": at[0] - 0.5, "y0": 0, "y1": 1,
+              "line": {"color": GRID, "width": 1}} for at in groups.values()]
+    wide = {size: at for size, at in groups.items() if len(at) >= 0.02 * len(cards)}      # room for a label
+    return go.Figure({
+        "data": [{
+            "type": "heatmap", "x": list(range(len(cards))), "y": list(range(len(models))),
+            "z": [[rank.get(quant) for quant in row] for row in found.best],
+            "text": [[f"{models[i]}<br>{cards[j]}<br><b>{quant or 'no quant fits'}</b>" for j, quant in enumerate(row)]
+                     for i, row in enumerate(found.best)],
+            "hovertemplate": "%{text}<extra></extra>", "hoverongaps": False, "ygap": 1, "zmin": 0.5, "zmax": steps + 0.5,
+            "colorscale": [[at, colour] for k in range(steps) for colour in (_shade(k / max(steps - 1, 1)),)
+                           for at in (k / steps, (k + 1) / steps)],
+            "colorbar": {"tickvals": list(rank.values()), "ticktext": list(rank), "thickness": 14, "outlinewidth": 0,
+                         "lenmode": "pixels", "len": 20 * steps + 20, "y": 1, "yanchor": "top", "tickfont": {"size": 11},
+                         "title": {"text": "best quant"}},
+        }],
+        "layout": layout(
+            shapes=edges, height=max(13 * len(models), 20 * steps + 60) + 90, plot_bgcolor=FAINT,
+            xaxis={"side": "top", "tickvals": [sum(at) / len(at) for at in wide.values()], "showgrid": False, "zeroline": False,
+                   "ticktext": [str(size) for size in wide], "title": {"text": "memory of the card, GiB", "standoff": 6}},
+            yaxis={"tickvals": list(range(len(models))), "ticktext": models, "tickfont": {"size": 10}, "automargin": True,
+                   "range": [-0.5, len(models) - 0.5], "showgrid": False, "zeroline": False},
+            margin={"l": 12, "r": 12, "t": 64, "b": 12}),
+    })
+
+
+_CIVIDIS = ((0, 34, 78), (54, 70, 108), (102, 105, 112), (149, 143, 120), (200, 184, 102), (254, 232, 56))
+"""Six stops of cividis (Nuñez, Anderton and Renslow, 2018), even to the eye with and without colour vision."""
+
+
+def _shade(share: float) -> str:
+    at = min(int(share * (len(_CIVIDIS) - 1)), len(_CIVIDIS) - 2)
+    part = share * (len(_CIVIDIS) - 1) - at
+    return "rgb(%d,%d,%d)" % tuple(round(a + part * (b - a)) for a, b in zip(_CIVIDIS[at], _CIVIDIS[at + 1], strict=True))

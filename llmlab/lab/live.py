@@ -1,5 +1,7 @@
 """LiveFigure: a plotly figure that is changed in place, and still tells the truth after the page is reloaded."""
 
+from collections.abc import Iterator
+
 import plotly.graph_objects as go
 
 
@@ -14,16 +16,24 @@ class LiveFigure(go.FigureWidget):
     def __init__(self, figure=None, words: str = "chart", **more):
         """`words` stands for the chart where it cannot be drawn: in text, and in the `repr`."""
         self._words = words
+        self._last = None
         super().__init__(figure, **more)
         self._built = True
         self._config = {**self._config, "displayModeBar": False, "responsive": True}
 
     def present(self, figure: dict) -> None:
-        """Change what differs from `figure` ({"data", "layout"}, the same traces in the same order), in one message."""
+        """Bring the chart to `figure`, {"data", "layout"} with the same traces in the same order, in one message.
+
+        Only what differs from the figure presented before is touched: plotly takes 40 ms to compare it all.
+        """
+        before = self._last or {"data": [{}] * len(self.data), "layout": {}}
         with self.batch_update():
-            for trace, new in zip(self.data, figure["data"], strict=True):
-                trace.update(new)
-            self.update_layout(figure["layout"])
+            for trace, old, new in zip(self.data, before["data"], figure["data"], strict=True):
+                for path, value in _changes(old, new):
+                    trace[path] = value
+            for path, value in _changes(before["layout"], figure["layout"]):
+                self.layout[path] = value
+        self._last = figure
 
     def get_state(self, key=None, drop_defaults=False):
         state = super().get_state(key, drop_defaults)
@@ -34,3 +44,12 @@ class LiveFigure(go.FigureWidget):
 
     def __repr__(self) -> str:
         return f"<{self._words}>"
+
+
+def _changes(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted path, value) of every leaf of `new` that is not so in `old`."""
+    for key, value in new.items():
+        if isinstance(value, dict):
+            yield from _changes(old.get(key) or {}, value, f"{path}{key}.")
+        elif key not in old or old[key] != value:
+            yield f"{path}{key}", value

@@ -1,6 +1,7 @@
 """What a panel says beside its chart: a report's speed, and what else would fit, in words."""
 
 from ..fitting import QUANT_LADDER, Report
+from ..units import format_bytes
 
 Rates = tuple[float, float, float]
 
@@ -18,10 +19,23 @@ def speed(report: Report) -> str:
     return f"Speed, modelled: {', '.join(said)}." if said else ""
 
 
+def trust(report: Report) -> str:
+    """How much of the memory is counted and how much is modelled, on the cards or, without any, in RAM."""
+    where = [d for name, d in report.devices.items() if (name != "host") == bool(report.cards)]
+    names = {d.name for d in where}
+    exact = sum(t.bytes for t in report.terms if t.device in names and t.kind == "exact")
+    low, high, used = (sum(getattr(d, what) for d in where) for what in ("low", "high", "used"))
+    place = "in RAM" if not report.cards else "on the card" if len(where) == 1 else f"on {len(where)} cards"
+    return (f"Memory {place}: {format_bytes(exact)} exact, {format_bytes(used - exact)} modelled; "
+            f"between {format_bytes(low)} and {format_bytes(high)} in all.")
+
+
 def hint(report: Report) -> str:
     """The nearest settings that would fit: the longest context as it is, the most faithful quant as it is."""
-    context, quant = report.largest_context(), report.best_quant()
     now = report.settings
+    # "auto" fits where all layers fit: asking for all of them spares the search for a split, at every step
+    whole = report.with_(gpu_layers=report.layers) if now.gpu_layers == "auto" else report
+    context, quant = whole.largest_context(), whole.best_quant()
     if report.fits:
         more = [f"{context:,} tokens of context"] if context > now.context else []
         more += [f"{quant} at this context"] if quant and _rank(quant) < _rank(now.quant) else []

@@ -21,8 +21,9 @@ FTYPES = {name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix
 TYPES = {name.removeprefix("GGML_TYPE_").lower(): getattr(llama_cpp, name)
          for name in dir(llama_cpp) if name.startswith("GGML_TYPE_")}
 
+TYPES.setdefault("bf16", 30)       # the library has no name for it
+
 _lines: list[str] = []
-_mute = 0
 
 
 @llama_cpp.llama_log_callback

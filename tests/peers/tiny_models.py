@@ -19,7 +19,7 @@ def _alternate(period: int, count: int, often: str, seldom: str) -> list[str]:
 
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 _MLA = {"q_lora_rank": None, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
-        "head_dim": None, "num_key_value_heads": 4}
+        "head_dim": 64, "num_key_value_heads": 4}
 _DELTANET = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_value_head_dim": 64, "linear_key_head_dim": 64,
              "linear_conv_kernel_dim": 4, "full_attention_interval": 4}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1, "mamba_d_conv": 4}
@@ -146,5 +146,4 @@ CONFIGS: dict[str, dict] = {
 
 def tiny_spec(name: str, **changes) -> ModelSpec:
     """The spec of a tiny model, its config changed."""
-    config = {k: v for k, v in {**_BASE, **CONFIGS[name], **changes}.items() if v is not None}
-    return from_config(config, f"tiny-{name}")
+    return from_config({**_BASE, **CONFIGS[name], **changes}, f"tiny-{name}")
