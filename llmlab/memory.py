@@ -175,39 +175,53 @@ def weights(spec: ModelSpec, quant: str, importance: bool = False) -> Weights:
     embedding = output = total = table = largest = active = 0
     seen: dict[tuple, tuple[int, int]] = {}
     sizes = []
-    for tensor, type in zip(spec.tensors, chosen, strict=True):
+    for tensor, type, (layer, part) in zip(spec.tensors, chosen, _parts(spec), strict=True):
         key = (type, tensor.shape)
-        if key not in seen:
-            seen[key] = tensor_bytes(type, tensor.shape), _card_padding(type, tensor.shape)
-        size, extra = seen[key]
+        known = seen.get(key)
+        if known is None:
+            size = tensor_bytes(type, tensor.shape)
+            known = seen[key] = size, align(size, GGUF_ALIGNMENT), _card_padding(type, tensor.shape)
+        size, padded, extra = known
         sizes.append(size)
-        padded = align(size, GGUF_ALIGNMENT)
         total += padded
-        layer, name = tensor.layer, tensor.name
         if layer >= 0:
             by_layer[layer] += padded
             padding[layer] += extra
-            block = spec.layers[layer]
-            if "_exps." in name:
+            if part == "experts":
+                block = spec.layers[layer]
                 experts[layer] += padded
                 largest = max(largest, padded)
                 active += 0 if block.mtp else size * block.experts_used // block.experts
-            else:
-                active += 0 if block.mtp else size
-        elif _is_input(name):
+            elif part != "mtp":
+                active += size
+        elif part == "output":                   # output matrix, last norm, and rope tables of a few hundred bytes
+            output += padded
+            padding[count] += extra
+            active += size
+        else:
             embedding += padded
-            if name == "token_embd.weight":
+            if part == "table":
                 table = padded
                 if spec.tied:
                     padding[count] += extra
                     active += size
-        else:                                    # output matrix, last norm, and rope tables of a few hundred bytes
-            output += padded
-            padding[count] += extra
-            active += size
     tied = table if spec.tied else 0
     return Weights(quant, chosen, tuple(sizes), tuple(by_layer), tuple(experts), embedding, output + tied, total, tied,
                    largest, tuple(padding), active)
+
+
+@lru_cache(maxsize=512)
+def _parts(spec: ModelSpec) -> tuple[tuple[int, str], ...]:
+    """(block or -1, part) of each tensor: "experts", "mtp", "block"; outside blocks "table", "input", "output"."""
+    found = []
+    for tensor in spec.tensors:
+        layer, name = tensor.layer, tensor.name
+        if layer >= 0:
+            part = "experts" if "_exps." in name else "mtp" if spec.layers[layer].mtp else "block"
+        else:
+            part = "table" if name == "token_embd.weight" else "input" if _is_input(name) else "output"
+        found.append((layer, part))
+    return tuple(found)
 
 
 def _card_padding(type: str, shape: tuple[int, ...]) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from json import JSONDecodeError, loads
+from math import prod
 from pathlib import Path
 
 from .architectures import Layer, Tensor, Traits, layers, tensors
@@ -37,6 +38,7 @@ class ModelSpec:
     header_bytes: int | None = None
     config: Mapping[str, object] | None = field(default=None, repr=False)
     full_name: str = ""                  # "Llama 3 8B"; empty where only `name` is known
+    checkpoint: int | None = None        # elements the safetensors of a hub repository hold, by their headers
 
     def __repr__(self) -> str:
         from .units import format_count
@@ -274,7 +276,11 @@ def _from_hub(text: str, mtp: bool | None) -> ModelSpec:
     name = hub.parse_name(text)
     files = hub.tree(name.repo)
     if not name.file and not name.quant and any(f.path == "config.json" for f in files):
-        return from_config(hub.read_json(name.repo), name.repo, source="hub", where=f"{name.repo}/config.json", mtp=mtp)
+        spec = from_config(hub.read_json(name.repo), name.repo, source="hub", where=f"{name.repo}/config.json", mtp=mtp)
+        if any(f.path.endswith(".safetensors") for f in files):
+            held = hub.safetensors_headers(name.repo)
+            return replace(spec, checkpoint=sum(prod(shape) for _, shape in held.values()))
+        return spec
     chosen = hub.pick_gguf(name, files)
     if not chosen:
         raise BadFile(f"{name.repo} holds neither a config.json nor a GGUF")

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from hub_server import HubServer
 
 from llmlab.catalog import entries, entry
-from llmlab.errors import BadConfig, BadFile, LabError, UnknownName
+from llmlab.errors import BadConfig, BadFile, LabError, UnknownName, Unreachable
 from llmlab.gguf import write_gguf
 from llmlab.shapes import from_config, model_spec
 
@@ -140,3 +141,64 @@ def test_missing_files_and_wrong_files(tmp_path):
         with pytest.raises(LabError) as refused:
             model_spec(bad)
         assert "\n" not in str(refused.value)
+
+
+# ---- hub ids, against a server on this machine --------------------------------------------------------------
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with HubServer(tmp_path / "hub") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def safetensors(spec) -> bytes:
+    """A checkpoint of the right shapes: header, and data that nobody should read."""
+    header, at = {}, 0
+    for tensor in spec.tensors:
+        header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + 2 * tensor.elements]}
+        at += 2 * tensor.elements
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(at)
+
+
+def test_a_hub_id_is_read_by_range_and_nothing_is_downloaded(hub):
+    fields = {**entry("qwen3-0.6b").config, "num_hidden_layers": 2, "hidden_size": 512, "vocab_size": 8192}
+    spec = from_config(fields, "small", source="catalogue")
+    repo = hub.folder / "someone" / "small"
+    repo.mkdir(parents=True)
+    (repo / "config.json").write_text(json.dumps(fields))
+    (repo / "model.safetensors").write_bytes(safetensors(spec))
+    read = model_spec("someone/small")
+    assert (read.source, read.params, read.checkpoint) == ("hub", spec.params, spec.params)
+    assert sum(hub.sent.values()) < (repo / "model.safetensors").stat().st_size / 10
+
+
+def test_a_gguf_on_a_hub_is_chosen_by_its_quant(hub):
+    repo = hub.folder / "someone" / "small-GGUF"
+    repo.mkdir(parents=True)
+    metadata = {"general.architecture": "llama", "general.file_type": 7, "llama.block_count": 1, "llama.embedding_length": 256,
+                "llama.attention.head_count": 2, "llama.feed_forward_length": 128}
+    for quant in ("Q8_0", "Q4_0"):
+        size = {"Q8_0": 34, "Q4_0": 18}[quant] * 8 * 16384
+        write_gguf(repo / f"small-{quant}.gguf", {**metadata, "general.file_type": {"Q8_0": 7, "Q4_0": 2}[quant]},
+                   [("token_embd.weight", (256, 16384), quant, bytes(size))])
+    read = model_spec("someone/small-GGUF:Q4_0")
+    assert (read.stored, read.vocab) == ("Q4_0", 16384) and read.file_bytes > 2 * 10**6
+    assert model_spec("someone/small-GGUF/small-Q8_0.gguf").stored == "Q8_0"
+    with pytest.raises(UnknownName, match="Q8_0"):
+        model_spec("someone/small-GGUF")
+    with pytest.raises(LabError):
+        model_spec("someone/nothing-here")
+
+
+def test_offline_it_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(Unreachable) as refused:
+        model_spec("someone/small")
+    assert "\n" not in str(refused.value) and "without a network" in str(refused.value)
