@@ -105,7 +105,7 @@ def _per_layer(value, layers: int, name: str) -> tuple[int, ...]:
     return (int(value),) * layers
 
 
-def _sane(name: str, value, low: int = 0, high: int = 2**31) -> int:
+def whole_number(name: str, value, low: int = 0, high: int = 2**31) -> int:
     """An integer in range, or BadConfig naming the field."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or int(value) != value:
         raise BadConfig(f"{name} is {value!r:.60}, expected a whole number")
@@ -123,12 +123,12 @@ def layers(architecture: str, kv: dict) -> tuple[Layer, ...]:
         value = kv.get(name, default)
         if value is None:
             value = default
-        return _sane(name, value, low)
+        return whole_number(name, value, low)
 
     for needed in ("block_count", "embedding_length"):
         if needed not in kv:
             raise BadConfig(f"{architecture} metadata has no {needed}")
-    count = _sane("block_count", kv["block_count"], 1, MAX_LAYERS)
+    count = whole_number("block_count", kv["block_count"], 1, MAX_LAYERS)
     width = get("embedding_length", low=1)
     mtp = get("nextn_predict_layers")
     if mtp >= count and mtp:
@@ -141,7 +141,7 @@ def layers(architecture: str, kv: dict) -> tuple[Layer, ...]:
     for name, values, high in (("attention.head_count", heads, 65536), ("attention.head_count_kv", kv_heads, 65536),
                                ("feed_forward_length", ff, 2**31)):
         for value in values:
-            _sane(name, value, 0, high)
+            whole_number(name, value, 0, high)
     most_heads = max(heads) if heads else 0
     default_dim = width // most_heads if most_heads else 0
     key_dim = get("attention.key_length", default_dim)
@@ -207,7 +207,7 @@ def _recurrent(architecture: str, kv: dict, count: int, trunk: int, kv_heads, ff
         listed = kv.get("attention.recurrent_layers")
         if isinstance(listed, (list, tuple)):
             return tuple(bool(v) for v in _per_layer(listed, count, "attention.recurrent_layers"))
-        every = _sane("full_attention_interval", kv.get("full_attention_interval", 4), 1)
+        every = whole_number("full_attention_interval", kv.get("full_attention_interval", 4), 1)
         return tuple(i < trunk and (i + 1) % every != 0 for i in range(count))
     if architecture in ("nemotron_h", "nemotron_h_moe"):
         return tuple(i < trunk and kv_heads[i] == 0 and ff[i] == 0 for i in range(count))
@@ -224,7 +224,7 @@ def _sliding(architecture: str, kv: dict, count: int, trunk: int) -> tuple[tuple
         window = 4096
     if architecture == "llama4" and window is None:
         window = 8192
-    window = _sane("attention.sliding_window", window or 0)
+    window = whole_number("attention.sliding_window", window or 0)
     if architecture not in _SWA_PERIOD and architecture not in ("lfm2", "lfm2moe"):
         return none, 0, "sliding"   # llama.cpp reads no window there (phi3, mistral's llama, qwen2)
     if not window:
@@ -234,7 +234,7 @@ def _sliding(architecture: str, kv: dict, count: int, trunk: int) -> tuple[tuple
         slides = tuple(bool(v) for v in _per_layer(pattern, min(count, len(pattern)), "attention.sliding_window_pattern"))
         slides += (False,) * (count - len(slides))
     else:
-        period = _sane("attention.sliding_window_pattern", pattern or _SWA_PERIOD.get(architecture, 0))
+        period = whole_number("attention.sliding_window_pattern", pattern or _SWA_PERIOD.get(architecture, 0))
         slides = tuple(i < trunk and (period == 0 or i % period < period - 1) for i in range(count))
     return slides, window, "chunked" if architecture == "llama4" else "sliding"
 
@@ -324,7 +324,7 @@ def tensors(architecture: str, kv: dict, traits: Traits) -> tuple[Tensor, ...]:
         raise BadConfig(f"architecture {architecture!r:.60} has no tensor plan; give a GGUF of it, which says its own tensors")
     plan = PLANS[architecture]
     blocks = layers(architecture, kv)
-    width, vocab = kv["embedding_length"], _sane("vocab_size", kv.get("vocab_size"), 1)
+    width, vocab = kv["embedding_length"], whole_number("vocab_size", kv.get("vocab_size"), 1)
     built = [Tensor("token_embd.weight", (width, vocab))]
     if plan.final_norm:
         built.append(Tensor(f"{plan.final_norm}.weight", (width,)))

@@ -25,6 +25,7 @@ from .memory import (
     default_quant,
     exact,
     host_compute_bytes,
+    loaded_bytes,
     modelled,
     output_bytes,
     weights,
@@ -278,7 +279,7 @@ def _report(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, host: int | No
         raise LabError(f"split names {len(s.split)} shares for {len(cards)} cards; give one each")
     if s.engine != "llama.cpp" and cards:
         place = len(spec.layers) + 1
-        return _judged(spec, cards, s, w, c, host, place, _loaded_whole(spec, cards, s, w, c))
+        return _judged(spec, cards, s, w, c, host, place, _loaded_whole(spec, cards, s, c))
     if not cards:
         return _judged(spec, cards, s, w, c, host, 0, _placed(spec, cards, s, w, c, 0))
     if s.gpu_layers != "auto":
@@ -434,10 +435,10 @@ def _overhead_term(card: Gpu, device: str) -> Term:
                     "driver context and kernels, memory the driver keeps; at most also a desktop's own use")
 
 
-def _loaded_whole(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, c: CacheBytes) -> list[Term]:
+def _loaded_whole(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, c: CacheBytes) -> list[Term]:
     """transformers and vLLM: everything on the cards, shared out evenly by layers."""
     n = len(cards)
-    total = w.padded if s.engine == "transformers" else w.padded
+    total = loaded_bytes(spec, s.quant)
     tokens = s.context if s.engine == "transformers" else min(s.context, max(s.batch, 2048))
     widest = max((b.ff or b.expert_ff * b.experts_used + b.shared_ff for b in spec.blocks), default=0)
     activations = 2 * tokens * (2 * widest + 6 * spec.width) + 4 * spec.vocab * s.sequences

@@ -8,7 +8,7 @@ that a saved config leaves out because they equal the class default come from da
 from functools import cache
 from json import loads
 
-from .architectures import Traits, _sane
+from .architectures import Traits, whole_number
 from .errors import BadConfig
 from .places import folder
 
@@ -344,8 +344,8 @@ def _gemma4(c: Config, kv: dict, count: int) -> None:
     special = c.raw("per_layer_config")        # transformers 5 saves what differs in full layers by layer number
     special = next((v for k, v in special.items() if str(k).isdigit() and int(k) < count and not slides[int(k)]
                     and isinstance(v, dict)), {}) if isinstance(special, dict) else {}
-    full_dim = _sane("head_dim", special.get("head_dim") or c.number("global_head_dim", default=sliding_dim), 1, 65536)
-    full_kv = _sane("num_key_value_heads", special.get("num_key_value_heads") or c.number(
+    full_dim = whole_number("head_dim", special.get("head_dim") or c.number("global_head_dim", default=sliding_dim), 1, 65536)
+    full_kv = whole_number("num_key_value_heads", special.get("num_key_value_heads") or c.number(
         "num_global_key_value_heads", default=kv["attention.head_count_kv"], high=65536), 1, 65536)
     shared = c.number("num_kv_shared_layers", default=0, low=0, high=count)
     kv |= {"attention.key_length": full_dim, "attention.value_length": full_dim, "attention.key_length_swa": sliding_dim,

@@ -13,7 +13,7 @@ from .architectures import Layer, Tensor
 from .errors import LabError, UnknownName
 from .formats import FORMATS
 from .formats.mixes import MIXES, Circumstances, Mix, Role, chooser, find_mix, needs_importance, roles
-from .shapes import ModelSpec
+from .shapes import ModelSpec, model_spec
 from .units import MIB, align
 
 GGUF_ALIGNMENT = 32      # GGUF_DEFAULT_ALIGNMENT: tensor data is padded to it
@@ -255,15 +255,28 @@ def card_bytes(spec: ModelSpec, quant: str, importance: bool = False) -> int:
     return total
 
 
+@lru_cache(maxsize=4096)
+def loaded_bytes(spec: ModelSpec, quant: str) -> int:
+    """Bytes of weights as transformers or vLLM hold a checkpoint: its parameters, unpadded; no rope tables (they are
+    computed) and no multi-token-prediction blocks. In F32, F16 and BF16 every parameter has that type, vectors too."""
+    mix = find_mix(quant)
+    if mix.engine == "llama.cpp":
+        return spec.params * FORMATS[mix.default].block_bytes // FORMATS[mix.default].block
+    w = weights(spec, quant)
+    return sum(size for tensor, size in zip(spec.tensors, w.bytes, strict=True)
+               if not tensor.name.startswith("rope_") and not spec.is_mtp(tensor))
+
+
 def _is_input(name: str) -> bool:
     return name.startswith(("token_embd.", "per_layer_", "position_embd.", "altup_"))
 
 
-def size_of(spec: ModelSpec, quant: str | None = None, importance: bool = False) -> Size:
+def size_of(spec: ModelSpec | str, quant: str | None = None, importance: bool = False) -> Size:
     """How large a model is in a quant, from its shapes alone: `llmlab.size`.
 
     Raises UnknownName for a quant that does not exist, LabError where it cannot hold the model's widths.
     """
+    spec = model_spec(spec)
     quant = _named(spec, quant)
     w = weights(spec, quant, bool(importance))
     elements = sum(t.elements for t in spec.tensors)
@@ -273,8 +286,9 @@ def size_of(spec: ModelSpec, quant: str | None = None, importance: bool = False)
     return Size(quant, w.padded, sum(w.bytes) * 8 / elements, needed, elements)
 
 
-def mix_of(spec: ModelSpec, quant: str | None = None, importance: bool = False) -> dict[str, str]:
-    """{GGUF tensor name: format} of a model in a quant: `llmlab.mix`."""
+def mix_of(spec: ModelSpec | str, quant: str | None = None, importance: bool = False) -> dict[str, str]:
+    """{GGUF tensor name: format} of a model in a quant: `llmlab.mix`. Raises as `size_of`."""
+    spec = model_spec(spec)
     return dict(zip((t.name for t in spec.tensors), types(spec, _named(spec, quant), bool(importance)), strict=True))
 
 

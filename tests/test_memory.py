@@ -11,7 +11,7 @@ from llmlab.catalog import entries, entry
 from llmlab.errors import LabError
 from llmlab.formats import FORMATS
 from llmlab.formats.mixes import MIXES
-from llmlab.memory import cache_bytes, card_bytes, compute_bytes, mix_of, size_of, tensor_bytes, weights
+from llmlab.memory import cache_bytes, card_bytes, compute_bytes, loaded_bytes, mix_of, size_of, tensor_bytes, weights
 from llmlab.shapes import from_config, model_spec
 from llmlab.units import MIB
 
@@ -122,6 +122,14 @@ def test_bitsandbytes_leaves_embedding_and_head():
         "token_embd.weight", "output.weight"}
     linear = sum(t.elements for t in spec.tensors if found[t.name] == "NF4")
     assert sum(weights(spec, "NF4").bytes) == linear // 2 + linear // 64 * 4 + 2 * (spec.params - linear)
+
+
+def test_a_checkpoint_as_other_engines_hold_it():
+    spec = model_spec("llama-3.1-8b")
+    assert loaded_bytes(spec, "BF16") == 2 * spec.params == 2 * 8030261248        # no rope table, vectors in 16 bits
+    assert loaded_bytes(spec, "F32") == 4 * spec.params
+    air = model_spec("glm-4.5-air")
+    assert loaded_bytes(air, "F16") == 2 * air.params < 2 * sum(t.elements for t in air.tensors)
 
 
 # ---- cache -----------------------------------------------------------------------------------------------
