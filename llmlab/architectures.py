@@ -222,8 +222,8 @@ def _sliding(architecture: str, kv: dict, count: int, trunk: int) -> tuple[tuple
     window = kv.get("attention.sliding_window")
     if architecture == "gemma2" and window is None:
         window = 4096
-    if architecture == "llama4" and window is None:
-        window = 8192
+    if architecture == "llama4" and window != 0:
+        window = 8192                # whatever the file says
     window = whole_number("attention.sliding_window", window or 0)
     if architecture not in _SWA_PERIOD and architecture not in ("lfm2", "lfm2moe"):
         return none, 0, "sliding"   # llama.cpp reads no window there (phi3, mistral's llama, qwen2)
@@ -369,7 +369,8 @@ def _block(architecture: str, kv: dict, t: Traits, plan: _Plan, b: Layer) -> Ite
     """(name, shape, fixed type) of one block's tensors."""
     width = kv["embedding_length"]
     for norm in plan.norms:
-        yield f"{norm}.weight", (width,), None
+        bare = (architecture, norm) == ("falcon-h1", "ffn_norm")      # written without the suffix
+        yield norm if bare else f"{norm}.weight", (width,), None
         if plan.norm_bias:
             yield f"{norm}.bias", (width,), None
     if t.second_norm:
@@ -401,11 +402,12 @@ def _block(architecture: str, kv: dict, t: Traits, plan: _Plan, b: Layer) -> Ite
 def _attention(architecture: str, kv: dict, t: Traits, plan: _Plan, b: Layer, width: int) -> Iterator[_Part]:
     q, k, v = b.heads * b.key_dim, b.kv_heads * b.key_dim, b.kv_heads * b.value_dim
     q_wide = 2 * q if plan.query_gate else q
+    own = b.owns_kv or architecture == "gemma3n"     # its files hold the unused K and V of blocks that share a cache
     if plan.fused_qkv:
         parts = [("attn_qkv", q + k + v)]
     else:
         parts = [("attn_q", q_wide)]
-        if b.owns_kv:
+        if own:
             parts.append(("attn_k", k))
             if not (kv.get("attention.k_eq_v") and b.mixer == "full"):
                 parts.append(("attn_v", v))
@@ -418,7 +420,7 @@ def _attention(architecture: str, kv: dict, t: Traits, plan: _Plan, b: Layer, wi
         yield "attn_output.bias", (width,), None
     if t.qk_norm == "head":
         yield "attn_q_norm.weight", (b.key_dim,), None
-        if b.owns_kv:
+        if own:
             yield "attn_k_norm.weight", (b.key_dim,), None
     elif t.qk_norm == "full":
         yield "attn_q_norm.weight", (q,), None

@@ -236,6 +236,7 @@ def _usable_ram(machine: hardware.Machine) -> int:
 
 
 def _checked(spec: ModelSpec, given: dict) -> Settings:
+    """Settings that make sense, or LabError; ubatch is no larger than batch, as llama.cpp has it."""
     check_settings(given["context"], given["sequences"], given["batch"], given["ubatch"])
     quant = default_quant(spec, given["quant"])
     if quant != spec.stored:
@@ -255,7 +256,7 @@ def _checked(spec: ModelSpec, given: dict) -> Settings:
             split = ()
         if not split or min(split) < 0 or not 0 < sum(split) < float("inf"):
             raise LabError(f"split is {given['split']!r:.60}; give one share a card, like (3, 1)")
-    return Settings(**{**given, "quant": quant, "kv": cache_types(given["kv"]), "split": split,
+    return Settings(**{**given, "quant": quant, "ubatch": min(given["ubatch"], given["batch"]), "kv": cache_types(given["kv"]), "split": split,
                        "gpu_layers": layers if layers == "auto" else min(layers, count)})
 
 

@@ -149,6 +149,9 @@ def translate(fields: dict, where: str = "config.json", mtp: bool | None = None,
     if blocks and (architecture == "glm4moe" if mtp is None else mtp):
         kv["block_count"] = count + blocks
         kv["nextn_predict_layers"] = blocks
+        for name in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+            if isinstance(kv[name], tuple):          # such a block attends and feeds forward at once
+                kv[name] += (max(kv[name]),) * blocks
     _epsilon(c, kv)
     return architecture, kv, _traits(c, architecture, kv)
 

@@ -418,13 +418,16 @@ def _row_of(spec: ModelSpec, kv: tuple[str, str], engine: str, flash: bool):
     k_format, v_format = FORMATS[CACHE_TYPES[kv[0]]], FORMATS[CACHE_TYPES[kv[1]]]
     attending = [layer for layer in spec.layers if layer.attends and layer.owns_kv]
     if engine == "llama.cpp":
-        if kv[1] not in ("f32", "f16", "bf16") and not flash and any(b.mixer != "mla" for b in attending):
+        if kv[1] not in ("f32", "f16", "bf16") and not flash:
             raise LabError(f"a {kv[1]} V cache needs flash attention; turn it on or keep V in f16")
         if "fp8" in kv:
             raise LabError("llama.cpp has no fp8 cache; choose q8_0, or engine='vllm'")
-        for layer in attending:
+        if kv[0] != kv[1] and any(b.mixer == "mla" for b in attending):
+            raise LabError(f"{spec.name} keeps one latent row for K and V; give both the same cache type")
+        for layer in attending:          # flash attention reads head by head, without it whole rows are read
+            heads = 1 if flash else layer.kv_heads
             for format, dim, which in ((k_format, layer.key_dim, "K"), (v_format, layer.value_dim, "V")):
-                if dim % format.block:
+                if heads * dim % format.block:
                     raise LabError(f"a {which} cache in {kv[which == 'V']} needs heads of a multiple of {format.block}; "
                                    f"{spec.name} has heads of {dim}")
     widest = max((b.kv_heads * b.value_dim for b in spec.layers if b.attends), default=0)

@@ -89,7 +89,8 @@ def write() -> None:
             "source": f"vendor/llama.cpp/tests/snapshots (MIT) in the source distribution of llama-cpp-python {VERSION}"}
     lines = []
     for name, model in models.items():
-        rest = ",\n".join(f"   {dumps(quant)}: {dumps(coded, separators=(',', ':'))}" for quant, coded in model["types"].items())
+        rest = ",\n".join(f"   {dumps(quant)}: {dumps(coded, separators=(',', ':'))}"
+                          for quant, coded in model["types"].items())
         about = dumps({key: value for key, value in model.items() if key != "types"})[1:-1]
         lines.append(f"  {dumps(name)}: {{{about}, \"types\": {{\n{rest}}}}}")
     PATH.write_text(f"{dumps(head)[:-1]},\n \"models\": {{\n" + ",\n".join(lines) + "}}\n", "utf-8")

@@ -64,7 +64,8 @@ def test_cache_is_what_llama_cpp_prints(case, spec, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quant,importance", [
-    ("Q4_K_M", False), ("Q3_K_S", False), ("IQ4_XS", False), ("Q2_K", False), ("Q4_0", True), ("TQ2_0", False), ("Q6_K", False)])
+    ("Q4_K_M", False), ("Q3_K_S", False), ("IQ4_XS", False), ("Q2_K", False), ("Q4_0", True), ("TQ2_0", False),
+    ("Q6_K", False)])
 def test_requantized_it_is_what_we_say(quant, importance, path, spec, tmp_path):
     target = tmp_path / "out.gguf"
     matrix = importance_of(spec.tensors) if importance else None

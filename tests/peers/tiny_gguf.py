@@ -1,11 +1,14 @@
 """A GGUF that llama.cpp loads, from a spec alone: every tensor that the spec names."""
 
+import os
 import zlib
 
+import gguf
 import numpy as np
 
 from llmlab.gguf import write_gguf
 from llmlab.shapes import ModelSpec, Tensor
+from llmlab.units import align
 
 _ROPE_SECTIONS = [8, 8, 8, 0]
 # What a loader insists on beyond what sizes depend on; the values do not matter for bytes.
@@ -29,16 +32,56 @@ _FILE_TYPE = {"F32": 0, "F16": 1, "BF16": 32}
 
 
 def write_tiny(spec: ModelSpec, path, dtype: str = "F16") -> None:
-    """Write `spec` with weights in `dtype` ("F32", "F16" or "BF16"); types that a converter fixes are kept.
+    """Write `spec` with weights in `dtype` ("F32", "F16" or "BF16"); types that a converter fixes are kept (no half
+    precision where it writes float32 throughout).
 
     Without a vocabulary: llama.cpp takes its size from the metadata. The same spec gives the same bytes.
     """
+    metadata = _metadata(spec, _FILE_TYPE[dtype])
+    types = [dtype if dtype == "F32" else t.type or dtype for t in spec.tensors]
+    write_gguf(path, metadata, [(t.name, t.shape, type, _numbers(t, type))
+                                for t, type in zip(spec.tensors, types, strict=True)])
+
+
+def write_hollow(spec: ModelSpec, path) -> None:
+    """Write a header of `spec` in F16 and, for the tensors, a hole: a file of full size that takes no room on the disk.
+
+    llama.cpp reads no weights in a dry run. By gguf-py, for our own writer writes every byte.
+    """
+    writer = gguf.GGUFWriter(path, spec.architecture)
+    for key, value in _metadata(spec, _FILE_TYPE["F16"]).items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, tuple):
+            writer.add_array(key, value[1])
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if value < 2**32 else gguf.GGUFValueType.UINT64)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_string(key, value)
+    hole = 0
+    for t in spec.tensors:
+        type = gguf.GGMLQuantizationType[t.type or "F16"]
+        size = t.elements * (4 if t.type == "F32" else 2)
+        writer.add_tensor_info(t.name, t.shape[::-1], np.dtype(np.float16), size, raw_dtype=type)
+        hole += align(size, 32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.flush()
+    writer.close()
+    os.truncate(path, align(os.path.getsize(path), 32) + hole)
+
+
+def _metadata(spec: ModelSpec, file_type: int) -> dict:
     metadata = {"general.architecture": spec.architecture, "general.name": spec.name,
-                "general.file_type": _FILE_TYPE[dtype], "tokenizer.ggml.model": "no_vocab"}
+                "general.file_type": file_type, "tokenizer.ggml.model": "no_vocab"}
     for key, value in {**_EXTRA.get(spec.architecture, {}), **spec.metadata}.items():
         metadata[f"{spec.architecture}.{key}"] = _stored(key, value)
-    write_gguf(path, metadata, [(t.name, t.shape, t.type or dtype, _numbers(t, t.type or dtype))
-                                for t in spec.tensors])
+    return metadata
 
 
 def _stored(key: str, value):
