@@ -7,7 +7,7 @@ so that there is one way to count. Tensor names and shapes follow llama.cpp's lo
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import BadConfig
 
@@ -17,11 +17,25 @@ MAX_ELEMENTS = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One weight. `shape` in ggml order: shape[0] is the row length. `type` is None where a quant chooses it."""
+    """One weight. `shape` in ggml order: shape[0] is the row length. `type` is None where a quant chooses it.
+
+    `layer` is its block's number (-1 outside the blocks) and `bare` its name without it, equal in all blocks.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: str | None = None
+    layer: int = field(init=False, repr=False, compare=False, default=-1)
+    bare: str = field(init=False, repr=False, compare=False, default="")
+
+    def __post_init__(self):
+        layer, bare = -1, self.name
+        if bare.startswith("blk."):                  # read once here: a fit asks for it thousands of times
+            number, dot, rest = bare[4:].partition(".")
+            if dot and number.isascii() and number.isdecimal() and len(number) < 8:
+                layer, bare = int(number), "." + rest
+        object.__setattr__(self, "layer", layer)
+        object.__setattr__(self, "bare", bare)
 
     @property
     def elements(self) -> int:
@@ -29,11 +43,6 @@ class Tensor:
         for n in self.shape:
             count *= n
         return count
-
-    @property
-    def layer(self) -> int:
-        """Block number, or -1 for what lies outside the blocks."""
-        return int(self.name.split(".", 2)[1]) if self.name.startswith("blk.") else -1
 
 
 @dataclass(frozen=True, slots=True)

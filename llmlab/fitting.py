@@ -312,6 +312,8 @@ def _assignment(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, gpu_layers
     count = len(spec.layers)
     first = max(count + 1 - gpu_layers, 0)
     active = min(gpu_layers, count + 1)
+    if len(cards) == 1:
+        return [-1] * first + [0] * (count + 1 - first)
     shares = s.split or tuple(_free(card) for card in cards)
     total, cumulative, running = sum(shares) or 1, [], 0.0
     for share in shares:

@@ -65,9 +65,10 @@ def find_mix(name: str) -> Mix:
 
 
 class Shaped(Protocol):
-    """What a rule needs of a tensor."""
+    """What a rule needs of a tensor: its block's number (-1: none) and its name without it among other things."""
 
-    name: str
+    bare: str
+    layer: int
     shape: tuple[int, ...]
     type: str | None
 
@@ -106,17 +107,12 @@ def _kept_by_name(name: str) -> bool:
             or any(part in name for part in _KEPT))
 
 
-def _bare(name: str) -> str:
-    """A tensor's name without its block number: equal in all blocks."""
-    return "." + name.split(".", 2)[2] if name.startswith("blk.") else name
-
-
 def quantizable(tensor: Shaped) -> bool:
     """Whether llama-quantize touches a tensor at all: matrices named ...weight, but for norms, routers and the like."""
     shape = tensor.shape
     if len(shape) < 2 or (shape[1] == 1 and (len(shape) < 3 or shape[2] == 1)):
         return False
-    return not _kept_by_name(_bare(tensor.name))
+    return not _kept_by_name(tensor.bare)
 
 
 class Band(NamedTuple):
@@ -135,6 +131,7 @@ class Band(NamedTuple):
         return self.eighth or self.last or self.third
 
 
+@lru_cache(maxsize=8192)
 def band(i: int, n: int) -> Band:
     """The band of the i-th of n."""
     return Band(i < 2, i < 4, i < n // 16, i < n // 8, i >= 7 * n // 8, (i - n // 8) % 3 == 2)
@@ -301,22 +298,21 @@ def roles(tensors: Sequence[Shaped], blocks: int) -> tuple[Role, ...]:
 
     attn_v-like tensors count together. In MoE models ffn_down_exps and ffn_down_shexp count as two.
     """
-    bare = [_bare(t.name) for t in tensors]
-    attn_v = sum(category(name) in _ATTN_V for name in bare)
+    attn_v = sum(category(t.bare) in _ATTN_V for t in tensors)
     running: dict[str, int] = {}
     found = []
-    for tensor, name in zip(tensors, bare, strict=True):
+    for tensor in tensors:
         if not quantizable(tensor):
             found.append(Role("", 0, False, _ANYWHERE, _ANYWHERE, tensor.type or "BF16"))
             continue
-        part, shape = category(name), tensor.shape
+        part, shape = category(tensor.bare), tensor.shape
         among = within = _ANYWHERE
         if part in _ATTN_V or part in ("down", "gate", "up"):
             group = "v" if part in _ATTN_V else part
             i = running.get(group, 0)
             running[group] = i + 1
             among = band(i, attn_v if part in _ATTN_V else blocks)
-            within = band(int(tensor.name.split(".", 2)[1]) if tensor.name.startswith("blk.") else 0, blocks)
+            within = band(max(tensor.layer, 0), blocks)
         found.append(Role(part, shape[0], len(shape) > 2 and shape[2] > 1, among, within, ""))
     return tuple(found)
 

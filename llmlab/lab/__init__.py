@@ -4,7 +4,7 @@ The only room that imports ipywidgets and plotly.
 """
 
 from .fit_panel import FitExplorer
-from .live import LiveFigure
+from .live import Chart, LiveFigure
 from .state import FitState
 
-__all__ = ["FitExplorer", "FitState", "LiveFigure"]
+__all__ = ["Chart", "FitExplorer", "FitState", "LiveFigure"]

@@ -1,4 +1,4 @@
-"""Figures from results: numbers in, plotly out. A figure keeps its traces whatever it shows, so that it can be updated."""
+"""Figures from results: numbers in, plotly out. A fit's figure keeps its traces whatever it shows, to be changed in place."""
 
 import math
 
@@ -9,7 +9,7 @@ from ..fitting import Report
 from ..units import GIB, format_bytes, format_count
 from .style import FAINT, GREY, GRID, RED, TERMS, layout
 
-ROW, FRAME = 74, 104       # pixels: a device, and everything around the devices
+ROW, FRAME = 66, 100       # pixels: a device, and everything around the devices
 
 
 def fit_figure(report: Report) -> go.Figure:
@@ -23,12 +23,13 @@ def fit_picture(report: Report) -> dict:
     rows = list(range(len(devices)))
     longest = max(max(d.capacity, d.high) for d in devices) / GIB
     return {
-        "data": [*(_bar(report, name, rows) for name in TERMS), _band(devices, rows),
-                 _mark("capacity", [d.capacity or None for d in devices], rows, "solid"),
-                 _mark("free for a model", [d.free if d.capacity and d.free != d.capacity else None for d in devices], rows, "dot")],
+        "data": [*(_bar(report, name, rows, longest * GIB / 200) for name in TERMS), _band(devices, rows),
+                 _mark("capacity", [d.capacity or None for d in devices], "solid"),
+                 _mark("free for a model", [d.free if d.free < d.capacity else None for d in devices], "dot")],
         "layout": layout(
             barmode="stack", bargap=0.35, height=FRAME + ROW * len(devices),
-            xaxis={"range": [0, _round_up(longest * 1.06)], "title": {"text": "GiB"}, "fixedrange": True},
+            xaxis={"range": [0, _round_up(longest * 1.06)], "fixedrange": True,
+                   "title": {"text": "GiB", "font": {"size": 13}, "standoff": 4}},
             yaxis={"tickvals": rows, "ticktext": [_row_name(d) for d in devices], "range": [len(rows) - 0.5, -0.5],
                    "automargin": True, "fixedrange": True, "showgrid": False, "zeroline": False},
             uniformtext={"minsize": 10, "mode": "hide"}),
@@ -40,21 +41,20 @@ def _row_name(device) -> str:
     return f"{_plain(device.title)}<br>{format_bytes(device.used)}{of}"
 
 
-def _bar(report: Report, name: str, rows: list[int]) -> dict:
+def _bar(report: Report, name: str, rows: list[int], seen: float) -> dict:
     found = {t.device: t for t in report.terms if t.name == name}
     terms = [found.get(device) for device in report.devices]
     label, colour = TERMS[name]
     kind = next((t.kind for t in terms if t), "exact")
     return {
-        "type": "bar", "orientation": "h", "name": f"{label} ({kind})", "y": rows,
+        "type": "bar", "orientation": "h", "name": label if kind == "exact" else f"{label} ({kind})", "y": rows,
         "x": [t.bytes / GIB if t else 0 for t in terms],
         "text": [f"{t.bytes / GIB:.2f}" if t and t.bytes else "" for t in terms],
         "textposition": "inside", "insidetextanchor": "middle", "textangle": 0, "constraintext": "inside",
         "customdata": [_hover(t) if t else "" for t in terms],
         "hovertemplate": f"<b>{label}</b> %{{customdata}}<extra></extra>",
-        "showlegend": any(t and t.high for t in terms),
-        "marker": {"color": colour, "line": {"width": 0},
-                   "pattern": {"shape": "" if kind == "exact" else "/", "fgcolor": "rgba(255,255,255,.55)", "size": 7}},
+        "showlegend": any(t and t.high > seen for t in terms),
+        "marker": {"color": colour, "line": {"width": 0}},
     }
 
 
@@ -67,20 +67,20 @@ def _hover(term) -> str:
 
 def _band(devices, rows: list[int]) -> dict:
     return {
-        "type": "scatter", "mode": "markers", "name": "range of the modelled part", "y": rows,
+        "type": "scatter", "mode": "markers", "name": "range", "y": [row + 0.4 for row in rows],
         "x": [d.used / GIB for d in devices],
         "marker": {"symbol": "line-ns-open", "size": 12, "color": GREY, "line": {"width": 2}},
         "error_x": {"type": "data", "symmetric": False, "array": [(d.high - d.used) / GIB for d in devices],
                     "arrayminus": [(d.used - d.low) / GIB for d in devices], "color": GREY, "thickness": 2, "width": 6},
-        "customdata": [f"{format_bytes(d.used)}, between {format_bytes(d.low)} and {format_bytes(d.high)}" for d in devices],
-        "hovertemplate": "<b>all of it</b> %{customdata}<extra></extra>",
+        "customdata": [f"{format_bytes(d.low)} to {format_bytes(d.high)}" for d in devices],
+        "hovertemplate": "<b>range of all of it</b> %{customdata}<extra></extra>",
     }
 
 
-def _mark(name: str, sizes: list[int | None], rows: list[int], dash: str) -> dict:
+def _mark(name: str, sizes: list[int | None], dash: str) -> dict:
     """A vertical line across each device's row: a scatter line that breaks between rows."""
     x, y, said = [], [], []
-    for row, size in zip(rows, sizes, strict=True):
+    for row, size in enumerate(sizes):
         at = None if size is None else size / GIB
         x += [at, at, None]
         y += [row - 0.42, row + 0.42, None]
@@ -117,30 +117,32 @@ def map_figure(found: FitMap) -> go.Figure:
         "data": [{
             "type": "heatmap", "x": list(range(len(cards))), "y": list(range(len(models))),
             "z": [[rank.get(quant) for quant in row] for row in found.best],
-            "text": [[f"{models[i]}<br>{cards[j]}<br><b>{quant or 'no quant fits'}</b>" for j, quant in enumerate(row)]
-                     for i, row in enumerate(found.best)],
-            "hovertemplate": "%{text}<extra></extra>", "hoverongaps": False, "ygap": 1, "zmin": 0.5, "zmax": steps + 0.5,
-            "colorscale": [[at, colour] for k in range(steps) for colour in (_shade(k / max(steps - 1, 1)),)
-                           for at in (k / steps, (k + 1) / steps)],
+            "text": [[f"{model}<br>{card}<br><b>{quant or 'no quant fits'}</b>" for card, quant in zip(cards, row, strict=True)]
+                     for model, row in zip(models, found.best, strict=True)],
+            "hovertemplate": "%{text}<extra></extra>", "hoverongaps": False, "ygap": 1,
+            "zmin": 0.5, "zmax": steps + 0.5,
+            "colorscale": [[at / steps, _shade(k / max(steps - 1, 1))] for k in range(steps) for at in (k, k + 1)],
             "colorbar": {"tickvals": list(rank.values()), "ticktext": list(rank), "thickness": 14, "outlinewidth": 0,
-                         "lenmode": "pixels", "len": 20 * steps + 20, "y": 1, "yanchor": "top", "tickfont": {"size": 11},
-                         "title": {"text": "best quant"}},
+                         "lenmode": "pixels", "len": 20 * steps + 20, "y": 1, "yanchor": "top",
+                         "tickfont": {"size": 11}, "title": {"text": "best quant", "font": {"size": 13}}},
         }],
         "layout": layout(
             shapes=edges, height=max(13 * len(models), 20 * steps + 60) + 90, plot_bgcolor=FAINT,
-            xaxis={"side": "top", "tickvals": [sum(at) / len(at) for at in wide.values()], "showgrid": False, "zeroline": False,
-                   "ticktext": [str(size) for size in wide], "title": {"text": "memory of the card, GiB", "standoff": 6}},
-            yaxis={"tickvals": list(range(len(models))), "ticktext": models, "tickfont": {"size": 10}, "automargin": True,
-                   "range": [-0.5, len(models) - 0.5], "showgrid": False, "zeroline": False},
+            xaxis={"side": "top", "tickvals": [sum(at) / len(at) for at in wide.values()],
+                   "ticktext": [str(size) for size in wide], "showgrid": False, "zeroline": False,
+                   "title": {"text": "memory of the card, GiB", "font": {"size": 13}, "standoff": 6}},
+            yaxis={"tickvals": list(range(len(models))), "ticktext": models, "tickfont": {"size": 10},
+                   "automargin": True, "range": [-0.5, len(models) - 0.5], "showgrid": False, "zeroline": False},
             margin={"l": 12, "r": 12, "t": 64, "b": 12}),
     })
 
 
-_CIVIDIS = ((0, 34, 78), (54, 70, 108), (102, 105, 112), (149, 143, 120), (200, 184, 102), (254, 232, 56))
-"""Six stops of cividis (Nuñez, Anderton and Renslow, 2018), even to the eye with and without colour vision."""
+_CIVIDIS = ((24, 76, 142), (66, 92, 128), (102, 112, 118), (149, 143, 120), (200, 184, 102), (254, 232, 56))
+"""Cividis (Nuñez, Anderton and Renslow, 2018) in six stops, its dark end lifted so that it shows on a dark page."""
 
 
 def _shade(share: float) -> str:
     at = min(int(share * (len(_CIVIDIS) - 1)), len(_CIVIDIS) - 2)
     part = share * (len(_CIVIDIS) - 1) - at
-    return "rgb(%d,%d,%d)" % tuple(round(a + part * (b - a)) for a, b in zip(_CIVIDIS[at], _CIVIDIS[at + 1], strict=True))
+    mixed = (round(a + part * (b - a)) for a, b in zip(_CIVIDIS[at], _CIVIDIS[at + 1], strict=True))
+    return f"rgb({','.join(map(str, mixed))})"

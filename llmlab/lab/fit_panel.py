@@ -10,11 +10,12 @@ import ipywidgets as w
 from ..errors import LabError
 from . import options
 from .figures import fit_picture
-from .live import LiveFigure
+from .live import Chart, Words
 from .presets import PRESETS
 from .state import MOST_CARDS, THIS_MACHINE, FitState
 from .style import RED, VERDICTS
 
+_STYLE = {"description_width": "76px"}
 _FILL = {"width": "100%", "min_width": "0", "margin": "2px 0"}
 
 
@@ -48,38 +49,38 @@ class FitExplorer(w.VBox):
     # ---- making the widgets -----------------------------------------------------------------------------
 
     def _make(self) -> None:
-        self.find_model = self._search("find model", "part of a name, or a path", self._models, "model",
-                                       "words of the name; Enter takes the first match, or opens a file, folder or hub name")
-        self.model = self._bound("model", w.Dropdown, "model", "found on this computer first, then the catalogue by family",
+        self.find_model = self._search("model", self._models, "part of a name, or a path",
+                                       "words of a name; Enter takes the first match, or opens a file or hub name")
+        self.model = self._bound("model", w.Dropdown, "model", "found on this computer first, then the catalogue",
                                  options=self._models)
         self.quant = self._bound("quant", w.Dropdown, "quant", "the quantization, with the size of all weights")
         self.kv = self._bound("kv", w.Dropdown, "KV cache", "the type of the KV cache", options=options.CACHES)
-        self.context = self._bound("context", w.SelectionSlider, "context", "tokens of context, up to twice what it was trained for",
-                                   options=[("8,192", 8192)])
-        self.find_card = self._search("find card", "part of a name", self._cards, "card", "words of the name; Enter takes the first match")
+        self.context = self._bound("context", w.SelectionSlider, "context", options=[("", 0)],
+                                   tooltip="tokens of context, up to twice what the model was trained for")
+        self.find_card = self._search("card", self._cards, "part of a name", "words of a name; Enter takes the first match")
         self.card = self._bound("card", w.Dropdown, "card", "a graphics card, or this machine with what is free on it now",
                                 options=self._cards)
         self.cards = self._bound("cards", w.BoundedIntText, "how many", "how many of this card", min=1, max=MOST_CARDS)
         self.sequences = self._bound("sequences", w.BoundedIntText, "requests", "requests at once: they share the context",
                                      min=1, max=256)
-        self.gpu_layers = self._bound("gpu_layers", w.IntSlider, "layers", "layers on the card, the output counted as one",
-                                      min=0, max=1)
+        self.gpu_layers = self._bound("gpu_layers", w.IntSlider, "layers",
+                                      "layers on the card, the output counted as one", min=0, max=1)
         self.auto = w.ToggleButton(description="auto", tooltip="as many layers on the card as fit for certain",
                                    layout=w.Layout(width="60px", flex="0 0 auto"))
         self.auto.observe(self._guarded(self._toggled), "value")
         self.n_cpu_moe = self._bound("n_cpu_moe", w.IntSlider, "MoE in RAM", "blocks whose experts stay in RAM", min=0, max=1)
-        self.said = w.HTML(tooltip="the answer in words", layout=w.Layout(width="100%", margin="8px 0 0"))
-        self.chart = LiveFigure(fit_picture(self.state.report), "chart: memory on each device, stacked by what it is for")
+        self.said = Words(layout=w.Layout(width="100%", margin="8px 0 0"))
+        self.chart = Chart(fit_picture(self.state.report), "chart: memory on each device, stacked by what it is for")
 
     def _bound(self, setting: str, kind: type, description: str, tooltip: str, **more) -> w.Widget:
         """A widget whose value is passed on to a trait of the state."""
-        widget = kind(description=description, tooltip=tooltip, style={"description_width": "76px"}, layout=w.Layout(**_FILL), **more)
+        widget = kind(description=description, tooltip=tooltip, style=dict(_STYLE), layout=w.Layout(**_FILL), **more)
         widget.observe(self._guarded(lambda change: setattr(self.state, setting, change["new"])), "value")
         return widget
 
-    def _search(self, description: str, placeholder: str, offered: options.Options, setting: str, tooltip: str) -> w.Text:
+    def _search(self, setting: str, offered: options.Options, placeholder: str, tooltip: str) -> w.Text:
         """A text that narrows the dropdown below it as one types; Enter takes what was meant."""
-        text = w.Text(description=description, placeholder=placeholder, tooltip=tooltip, style={"description_width": "76px"},
+        text = w.Text(description=f"find {setting}", placeholder=placeholder, tooltip=tooltip, style=dict(_STYLE),
                       layout=w.Layout(**_FILL))
         text.observe(self._guarded(self._show_settings), "value")
 
@@ -100,13 +101,13 @@ class FitExplorer(w.VBox):
     def _arranged(self) -> list[w.Widget]:
         line = w.Layout(width="100%", align_items="center")
         narrow = w.Layout(min_width="0", width="100%")
-        left = w.VBox([self.find_model, self.model, self.quant, self.kv, self.context], layout=narrow)
+        left = w.VBox([self.find_model, self.model, self.quant, self.kv], layout=narrow)
         right = w.VBox([self.find_card, self.card, w.HBox([self.cards, self.sequences], layout=line),
-                        w.HBox([self.gpu_layers, self.auto], layout=line), self.n_cpu_moe], layout=narrow)
+                        w.HBox([self.gpu_layers, self.auto], layout=line)], layout=narrow)
         grid = w.GridBox([left, right], layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(330px, 1fr))",
                                                         grid_gap="0 20px", width="100%"))
         presets = w.HBox([self._preset(p) for p in PRESETS], layout=w.Layout(flex_flow="row wrap", width="100%"))
-        return [presets, grid, self.said, self.chart]
+        return [presets, grid, self.context, self.n_cpu_moe, self.said, self.chart]
 
     # ---- from the reader to the state -------------------------------------------------------------------
 
@@ -146,14 +147,16 @@ class FitExplorer(w.VBox):
         spec, now = report.spec, report.settings
         self._showing = True
         try:
-            model = spec.name if spec.source == "catalogue" else state.model
+            model = spec.name if spec.source == "catalogue" else spec.path or state.model
             _offer(self.model, options.matching(self._models, self.find_model.value), model, spec.title)
             _offer(self.quant, options.quants(spec), now.quant, now.quant)
-            _offer(self.kv, options.CACHES, now.kv[0] if now.kv[0] == now.kv[1] else now.kv, "K {}, V {}".format(*now.kv))
+            key, value = now.kv
+            _offer(self.kv, options.CACHES, key if key == value else now.kv, f"K {key}, V {value}")
             _offer(self.context, options.contexts(spec, now.context), now.context, "")
             one = isinstance(state.card, str) and state.card != THIS_MACHINE
             card = report.cards[0].id if one else state.card
-            _offer(self.card, options.matching(self._cards, self.find_card.value), card, " and ".join(c.name for c in report.cards))
+            several = " and ".join(c.name for c in report.cards)
+            _offer(self.card, options.matching(self._cards, self.find_card.value), card, several)
             _put(self.cards, value=len(report.cards) if one else 1, disabled=not one)
             _put(self.sequences, value=now.sequences)
             _put(self.gpu_layers, max=report.layers, value=report.gpu_layers, disabled=not report.cards)
@@ -166,13 +169,14 @@ class FitExplorer(w.VBox):
     def _say(self, problem: str) -> None:
         state = self.state
         mark, colour = VERDICTS[state.report.verdict]
-        lines = [f'<div style="font-size:1.15em;font-weight:600"><span aria-hidden="true">{mark}</span> {escape(state.answer)}</div>',
+        lines = [f'<div style="{_HEADLINE}"><span aria-hidden="true">{mark}</span> {escape(state.answer)}</div>',
                  *(f"<div>{escape(line)}</div>" for line in (state.hint, state.trust, state.speed) if line)]
-        wrong = f"""<div role="alert" style="{_BLOCK}border-color:{RED}"><b>{escape(problem)}</b><br>
-            Below is the last answer that could be given.</div>""" if problem else ""
-        self.said.value = f"""{wrong}<div role="status" aria-live="polite" style="{_BLOCK}border-color:{colour}">{"".join(lines)}</div>"""
+        wrong = f"<b>{escape(problem)}</b><br>Below is the last answer that could be given." if problem else ""
+        self.said.html = "".join(f'<div style="{_BLOCK}border-color:{edge}">{text}</div>' for edge, text in (
+            (RED, wrong), (colour, "".join(lines))) if text)
 
 
+_HEADLINE = "font-size:1.15em;font-weight:600"
 _BLOCK = "line-height:1.45;padding:2px 0 2px 10px;margin:2px 0;border-left:4px solid;white-space:normal;"
 
 
@@ -186,8 +190,10 @@ def _offer(widget, offered, value, label: str) -> None:
     """Let `widget` offer these, and `value` too, and choose it."""
     if all(value != known for _, known in offered):
         offered = [(label, value), *offered]
-    with widget.hold_sync():
-        if tuple(widget.options) != tuple(offered):
-            widget.options = offered
-        if widget.value != value:
-            widget.value = value
+    if tuple(widget.options) != tuple(offered):
+        # A page clamps a slider to the range it has and sends that back as if the reader had moved it; so the place comes
+        # into the old range first, then the range changes, then the place: three messages, never an index out of range.
+        widget.index = 0 if widget.options else None
+        widget.options = offered
+    if widget.value != value:
+        widget.value = value

@@ -1,8 +1,11 @@
-"""LiveFigure: a plotly figure that is changed in place, and still tells the truth after the page is reloaded."""
+"""What changes in place on a page: Chart (a figure that stays true and fills its width) and Words (read aloud)."""
 
 from collections.abc import Iterator
 
+import anywidget
+import ipywidgets as w
 import plotly.graph_objects as go
+import traitlets as t
 
 
 class LiveFigure(go.FigureWidget):
@@ -13,9 +16,7 @@ class LiveFigure(go.FigureWidget):
     leans on plotly's names for that state (`_widget_data`, `_widget_layout`, `_config`); the browser test watches them.
     """
 
-    def __init__(self, figure=None, words: str = "chart", **more):
-        """`words` stands for the chart where it cannot be drawn: in text, and in the `repr`."""
-        self._words = words
+    def __init__(self, figure=None, **more):
         self._last = None
         super().__init__(figure, **more)
         self._built = True
@@ -43,7 +44,7 @@ class LiveFigure(go.FigureWidget):
         return state
 
     def __repr__(self) -> str:
-        return f"<{self._words}>"
+        return f"<LiveFigure of {len(self.data)} traces>"
 
 
 def _changes(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, object]]:
@@ -53,3 +54,55 @@ def _changes(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, object
             yield from _changes(old.get(key) or {}, value, f"{path}{key}.")
         elif key not in old or old[key] != value:
             yield f"{path}{key}", value
+
+
+class _Width(anywidget.AnyWidget):
+    """plotly draws a chart before it is on the page, 700 pixels wide, and looks again only when the window is resized:
+    so the window is told whenever the chart's place has a new width."""
+
+    _esm = """
+    export default { render({ el }) {
+        let width = 0;
+        const watch = new ResizeObserver(([entry]) => {
+            const now = Math.round(entry.contentRect.width);
+            if (now && now !== width) requestAnimationFrame(() => window.dispatchEvent(new Event("resize")));
+            width = now;
+        });
+        watch.observe(el);
+        return () => watch.disconnect();
+    } };
+    """
+
+
+class Chart(w.VBox):
+    """A LiveFigure as wide as the page allows. `words` say what it shows where it cannot be drawn."""
+
+    def __init__(self, figure, words: str = "a chart"):
+        self.figure, self._words = LiveFigure(figure), words
+        full = w.Layout(width="100%", min_width="0", overflow="hidden")
+        super().__init__([self.figure, _Width(layout=w.Layout(width="100%", height="0", margin="0"))], layout=full)
+
+    def present(self, figure: dict) -> None:
+        """See LiveFigure.present."""
+        self.figure.present(figure)
+
+    def __repr__(self) -> str:
+        return f"<{self._words}>"
+
+
+class Words(anywidget.AnyWidget):
+    """HTML that screen readers read out as it changes: the region stays, its content is replaced (an HTML widget
+    replaces the region too, and is silent)."""
+
+    html = t.Unicode().tag(sync=True)
+
+    _esm = """
+    export default { render({ model, el }) {
+        el.setAttribute("role", "status");
+        el.setAttribute("aria-live", "polite");
+        const show = () => { el.innerHTML = model.get("html"); };
+        model.on("change:html", show);
+        show();
+        return () => model.off("change:html", show);
+    } };
+    """

@@ -38,7 +38,7 @@ def _says_memory(card: catalog.Gpu) -> bool:
 @lru_cache(maxsize=64)
 def quants(spec: ModelSpec) -> tuple[tuple[str, str], ...]:
     """llama.cpp's quants that can hold the model, largest first; a GGUF's own is named."""
-    names = {name for name, mix in MIXES.items() if mix.engine == "llama.cpp"} | ({spec.stored} if spec.stored else set())
+    names = {name for name, mix in MIXES.items() if mix.engine == "llama.cpp"} | ({spec.stored} - {None})
     sizes = []
     for name in names:
         try:
@@ -46,15 +46,16 @@ def quants(spec: ModelSpec) -> tuple[tuple[str, str], ...]:
         except LabError:
             continue
     sizes.sort(key=lambda s: (-s.tensor_bytes, s.quant))
-    return tuple((f"{s.quant} · {format_bytes(s.tensor_bytes)} · {s.bits_per_weight:.2f} bits"
-                  + " · as stored" * (s.quant == spec.stored) + " · needs an importance matrix" * s.needs_importance, s.quant)
-                 for s in sizes)
+    return tuple((" · ".join((s.quant, format_bytes(s.tensor_bytes), f"{s.bits_per_weight:.2f} bits",
+                              *["as stored"] * (s.quant == spec.stored),
+                              *["needs an importance matrix"] * s.needs_importance)), s.quant) for s in sizes)
 
 
 def contexts(spec: ModelSpec, also: int) -> Options:
     """Powers of two and what lies halfway, from 512 to twice the context the model was trained for; and `also`."""
     trained = spec.context_train or 4096
-    steps = {n for k in range(9, 32) for n in (2**k, 3 * 2 ** (k - 1)) if n <= 2 * trained} | {512, trained, 2 * trained, also}
+    steps = {n for k in range(9, 32) for n in (2**k, 3 * 2 ** (k - 1)) if n <= 2 * trained}
+    steps |= {512, trained, 2 * trained, also}
     return [(f"{n:,}", n) for n in sorted(steps)]
 
 

@@ -33,7 +33,8 @@ PRESETS = (
     _preset("34B on 24 GB", "Code Llama 34B in Q4_K_M on an RTX 3090", "codellama-34b", "Q4_K_M", "rtx-3090-24gb"),
     _preset("70B on 24 GB", "Llama 3 70B in Q4_K_M on one RTX 3090: part of it stays in RAM",
             "llama-3-70b", "Q4_K_M", "rtx-3090-24gb"),
-    _preset("70B on 2 × 24 GB", "Llama 3 70B in Q4_K_M on two RTX 3090", "llama-3-70b", "Q4_K_M", "rtx-3090-24gb", cards=2),
+    _preset("70B on 2 × 24 GB", "Llama 3 70B in Q4_K_M on two RTX 3090",
+            "llama-3-70b", "Q4_K_M", "rtx-3090-24gb", cards=2),
     _preset("8x22B on 64 GB", "Mixtral 8x22B in Q3_K_S on 64 GB (an Instinct MI210)",
             "mixtral-8x22b", "Q3_K_S", "instinct-mi210-64gb"),
 )

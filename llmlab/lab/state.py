@@ -81,14 +81,14 @@ class FitState(t.HasTraits):
                 asked["quant"] = None        # a file is looked at as it is, until another quant is asked for
                 self._asked = asked
             report = self._fit(spec, **{name: asked[name] for name in SETTINGS if name != "model"})
-            said = report.answer, words.speed(report), words.hint(report), words.trust(report)
+            said = {"answer": report.answer, "speed": words.speed(report), "hint": words.hint(report),
+                    "trust": words.trust(report)}
         except LabError as error:
-            with self.hold_trait_notifications():
-                self.set_trait("error", str(error))
+            self.set_trait("error", str(error))
             return
         with self.hold_trait_notifications():
             self.quant = asked["quant"]
-            for name, value in zip(("error", "answer", "speed", "hint", "trust", "report"), ("", *said, report), strict=True):
+            for name, value in {"error": "", "report": report, **said}.items():
                 self.set_trait(name, value)
 
     def _spec(self, model) -> ModelSpec:

@@ -5,7 +5,8 @@ GRID = "rgba(128,128,128,.25)"
 FAINT = "rgba(128,128,128,.12)"
 
 # Okabe and Ito's palette ("Color Universal Design", 2008): told apart with any kind of colour vision.
-BLUE, ORANGE, SKY, GREEN, RED, PINK, YELLOW = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442")
+BLUE, ORANGE, SKY, GREEN = "#0072B2", "#E69F00", "#56B4E9", "#009E73"
+RED, PINK, YELLOW = "#D55E00", "#CC79A7", "#F0E442"
 
 TERMS = {  # name of a term -> (what a legend calls it, colour)
     "weights": ("weights", BLUE), "kv_cache": ("KV cache", ORANGE), "recurrent": ("recurrent state", PINK),
@@ -21,7 +22,8 @@ def layout(**more) -> dict:
     return {
         "template": None, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": GREY, "size": 13}, "margin": {"l": 12, "r": 24, "t": 40, "b": 44},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "traceorder": "normal"},
+        "legend": {"orientation": "h", "x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container",
+                   "yanchor": "top", "traceorder": "normal", "font": {"size": 12}},
         "hoverlabel": {"align": "left", "namelength": -1, "font": {"size": 13}},
-        **more, "xaxis": {**axis, **more.get("xaxis", {})}, "yaxis": {**axis, **more.get("yaxis", {})},
+        **more, **{name: {**axis, **more.get(name, {})} for name in ("xaxis", "yaxis")},
     }
