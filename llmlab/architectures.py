@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from .errors import BadConfig
 
 MAX_LAYERS = 1024
-MAX_ELEMENTS = 2**62
+MAX_ELEMENTS = 2**50     # of a whole model: a thousand times the largest published one
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +151,9 @@ def layers(architecture: str, kv: dict) -> tuple[Layer, ...]:
                                ("feed_forward_length", ff, 2**31)):
         for value in values:
             whole_number(name, value, 0, high)
+    for i in range(count):
+        if kv_heads[i] and heads[i] % kv_heads[i]:
+            raise BadConfig(f"{heads[i]} heads do not share {kv_heads[i]} KV heads evenly")
     most_heads = max(heads) if heads else 0
     default_dim = width // most_heads if most_heads else 0
     key_dim = get("attention.key_length", default_dim)
@@ -164,6 +167,8 @@ def layers(architecture: str, kv: dict) -> tuple[Layer, ...]:
     shared_from = trunk
     if architecture in ("gemma3n", "gemma4"):
         shared = get("attention.shared_kv_layers", 0)
+        if shared >= count:
+            raise BadConfig(f"all {count} layers share another one's cache; at least one must own it")
         shared_from = 20 if architecture == "gemma3n" else count - shared
     conv_state, ssm_state = _state(kv, get, width, heads)
     experts = get("expert_count")
@@ -359,12 +364,12 @@ def tensors(architecture: str, kv: dict, traits: Traits) -> tuple[Tensor, ...]:
     for block in blocks:
         for name, shape, type in _block(architecture, kv, traits, plan, block):
             built.append(Tensor(f"blk.{block.index}.{name}", shape, type))
+    if sum(t.elements for t in built) > MAX_ELEMENTS:
+        raise BadConfig(f"this would be a model of {sum(t.elements for t in built):.1e} weights; the config cannot be right")
     done = []
     for tensor in built:
         if min(tensor.shape) < 1:
             raise BadConfig(f"{tensor.name} would have the shape {tensor.shape}; the config leaves a size out")
-        if tensor.elements > MAX_ELEMENTS:
-            raise BadConfig(f"{tensor.name} would have {tensor.elements:.1e} elements; the config cannot be right")
         fixed = tensor.type or ("F32" if len(tensor.shape) == 1 or tensor.name.endswith("_norm.weight")
                                 or not tensor.name.endswith(".weight") else None)
         done.append(tensor if fixed == tensor.type else Tensor(tensor.name, tensor.shape, fixed))

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from . import catalog
 from .catalog import Gpu
 from .errors import LabError
-from .fitting import QUANT_LADDER, compute_high, overhead_high
+from .fitting import QUANT_LADDER
 from .memory import cache_bytes, cache_types, card_bytes, check_settings
+from .placing import compute_high, overhead_high
+from .settings import ladder as checked_ladder
 from .shapes import ModelSpec, model_spec
 
 
@@ -47,7 +49,7 @@ def fit_map(models: Iterable | None = None, cards: Iterable | None = None, conte
     models None: the catalogue; cards None: all of the catalogue. Models are ordered by size, cards by memory.
     """
     check_settings(context, ubatch=ubatch)
-    types = cache_types(kv)
+    types, ladder = cache_types(kv), checked_ladder(ladder)
     specs = sorted((model_spec(m) for m in (catalog.entries() if models is None else models)), key=lambda s: s.params)
     found = [row["id"] for row in catalog.gpus()] if cards is None else cards
     chosen = sorted((catalog.gpu(c) for c in found), key=lambda c: c.memory)
@@ -56,7 +58,7 @@ def fit_map(models: Iterable | None = None, cards: Iterable | None = None, conte
     for spec in specs:
         needs = _needs(spec, context, types, ladder, ubatch)
         rows.append(tuple(next((quant for quant, need in needs if need <= space), None) for space in room))
-    return FitMap(tuple(specs), tuple(chosen), context, types, tuple(ladder), tuple(rows))
+    return FitMap(tuple(specs), tuple(chosen), context, types, ladder, tuple(rows))
 
 
 def _needs(spec: ModelSpec, context: int, kv: tuple[str, str], ladder: tuple[str, ...], ubatch: int) -> list[tuple[str, int]]:

@@ -41,6 +41,10 @@ _TIED_BY_DEFAULT = {"gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemm
                     "cohere", "cohere2", "gpt2", "lfm2", "lfm2_moe", "mamba", "falcon", "starcoder2"}
 
 
+_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention", "attention", "mamba", "conv", "moe",
+          "mlp", "hybrid", "recurrent"}
+
+
 @cache
 def _defaults() -> dict[str, dict]:
     path = folder("data") / "config_defaults.json"
@@ -104,6 +108,14 @@ class Config:
         if len(value) < length:
             raise BadConfig(f"{self.where}: {name} has {len(value)} entries for {length} layers")
         return list(value[:length])
+
+    def kinds(self, length: int) -> list[str] | None:
+        """layer_types, each a kind that is known. Raises BadConfig."""
+        found = self.listed("layer_types", length)
+        for kind in found or ():
+            if kind not in _KINDS:
+                raise BadConfig(f"{self.where}: layer_types holds {kind!r:.60}, which is no kind of layer known here")
+        return found
 
 
 def translate(fields: dict, where: str = "config.json", mtp: bool | None = None,
@@ -244,7 +256,7 @@ def _windows(c: Config, architecture: str, kv: dict, count: int) -> None:
     if c.raw("use_sliding_window") is False or not window or (architecture == "olmo2" and c.model_type != "olmo3"):
         return
     kv["attention.sliding_window"] = window
-    kinds = c.listed("layer_types", count)
+    kinds = c.kinds(count)
     if kinds is not None:
         slides = tuple(kind == "sliding_attention" for kind in kinds)
         if not any(slides):
@@ -286,7 +298,7 @@ def _deltanet(c: Config, kv: dict, count: int) -> None:
     values, dim = c.number("linear_num_value_heads"), c.number("linear_value_head_dim")
     kv |= {"ssm.conv_kernel": c.number("linear_conv_kernel_dim"), "ssm.state_size": c.number("linear_key_head_dim"),
            "ssm.group_count": c.number("linear_num_key_heads"), "ssm.time_step_rank": values, "ssm.inner_size": values * dim}
-    kinds = c.listed("layer_types", count)
+    kinds = c.kinds(count)
     every = c.number("full_attention_interval", default=4, high=1024)
     kv["full_attention_interval"] = every
     if kinds is not None and [k == "full_attention" for k in kinds] != [(i + 1) % every == 0 for i in range(count)]:
@@ -295,7 +307,7 @@ def _deltanet(c: Config, kv: dict, count: int) -> None:
 
 def _granite_hybrid(c: Config, kv: dict, count: int) -> None:
     heads, dim = c.number("mamba_n_heads"), c.number("mamba_d_head", "mamba_head_dim", default=64)
-    kinds = c.listed("layer_types", count) or c.listed("layers_block_type", count) or ["mamba"] * count
+    kinds = c.kinds(count) or c.listed("layers_block_type", count) or ["mamba"] * count
     kv |= {"ssm.conv_kernel": c.number("mamba_d_conv", default=4), "ssm.state_size": c.number("mamba_d_state"),
            "ssm.group_count": c.number("mamba_n_groups", default=1), "ssm.time_step_rank": heads, "ssm.inner_size": heads * dim,
            "attention.head_count_kv": tuple(kv["attention.head_count_kv"] if k in ("attention", "full_attention") else 0
@@ -328,7 +340,7 @@ def _nemotron_h(c: Config, kv: dict, count: int) -> None:
 
 
 def _lfm2(c: Config, kv: dict, count: int) -> None:
-    kinds = c.listed("layer_types", count)
+    kinds = c.kinds(count)
     if kinds is None:
         full = c.raw("full_attn_idxs", default=range(count))
         kinds = ["full_attention" if i in full else "conv" for i in range(count)]

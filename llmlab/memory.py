@@ -7,13 +7,13 @@ llama-context.cpp, llama-quant.cpp); bitsandbytes' and GPTQ's storage layouts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from operator import index
 
 from .architectures import Layer, Tensor
 from .errors import LabError, UnknownName
 from .formats import FORMATS
 from .formats.mixes import MIXES, Circumstances, Mix, Role, chooser, find_mix, needs_importance, roles
-from .shapes import ModelSpec, model_spec
+from .shapes import ModelSpec, model_spec, remembered
 from .units import MIB, align
 
 GGUF_ALIGNMENT = 32      # GGUF_DEFAULT_ALIGNMENT: tensor data is padded to it
@@ -78,12 +78,13 @@ class Weights:
     output: int                         # output matrix (the embedding's bytes where tied) and what goes with it
     padded: int                         # all of it, a tied table counted once
     tied: int                           # bytes of a table that is both: it exists twice once the output is on a card
+    head: int                           # the output matrix alone, the tied table where there is none
     largest_expert: int                 # the largest tensor of routed experts
     card_padding: tuple[int, ...]       # what a CUDA allocation adds to block i; last: to the output
     active: int                         # bytes read for one generated token: experts by their share, the output once
 
 
-@lru_cache(maxsize=512)
+@remembered
 def circumstances(spec: ModelSpec) -> Circumstances:
     """What llama-quantize's rules ask of a model."""
     def first(name: str) -> int:
@@ -103,7 +104,7 @@ def default_quant(spec: ModelSpec, quant: str | None) -> str:
     return quant or spec.stored or "Q4_K_M"
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def types(spec: ModelSpec, quant: str, importance: bool = False) -> tuple[str, ...]:
     """The format of every tensor, in the order of `spec.tensors`. A GGUF in its own quant: what is really inside."""
     if spec.stored is not None and quant == spec.stored:
@@ -114,7 +115,7 @@ def types(spec: ModelSpec, quant: str, importance: bool = False) -> tuple[str, .
     return tuple(map(_rule(spec, mix, importance), _roles(spec)))
 
 
-@lru_cache(maxsize=512)
+@remembered
 def _roles(spec: ModelSpec) -> tuple[Role, ...]:
     return roles(spec.tensors, len(spec.layers))
 
@@ -166,13 +167,13 @@ def tensor_bytes(type: str, shape: tuple[int, ...]) -> int:
     raise UnknownName(f"{type} is not a format")
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def weights(spec: ModelSpec, quant: str, importance: bool = False) -> Weights:
     """Bytes of every tensor, and by block."""
     chosen = types(spec, quant, importance)
     count = len(spec.layers)
     by_layer, experts, padding = [0] * count, [0] * count, [0] * (count + 1)
-    embedding = output = total = table = largest = active = 0
+    embedding = output = total = table = head = largest = active = 0
     seen: dict[tuple, tuple[int, int]] = {}
     sizes = []
     for tensor, type, (layer, part) in zip(spec.tensors, chosen, _parts(spec), strict=True):
@@ -198,6 +199,8 @@ def weights(spec: ModelSpec, quant: str, importance: bool = False) -> Weights:
             output += padded
             padding[count] += extra
             active += size
+            if tensor.name == "output.weight":
+                head = padded
         else:
             embedding += padded
             if part == "table":
@@ -207,16 +210,19 @@ def weights(spec: ModelSpec, quant: str, importance: bool = False) -> Weights:
                     active += size
     tied = table if spec.tied else 0
     return Weights(quant, chosen, tuple(sizes), tuple(by_layer), tuple(experts), embedding, output + tied, total, tied,
-                   largest, tuple(padding), active)
+                   head or table, largest, tuple(padding), active)
 
 
-@lru_cache(maxsize=512)
+@remembered
 def _parts(spec: ModelSpec) -> tuple[tuple[int, str], ...]:
-    """(block or -1, part) of each tensor: "experts", "mtp", "block"; outside blocks "table", "input", "output"."""
+    """(block or -1, part) of each tensor: "experts", "mtp", "block"; outside blocks "table", "input", "output".
+    Gemma's projection of per-layer embeddings lives with block 0 (llama-arch.cpp calls it a repeating tensor)."""
     found = []
     for tensor in spec.tensors:
         layer, name = tensor.layer, tensor.name
-        if layer >= 0:
+        if name.startswith(("per_layer_model_proj.", "per_layer_proj_norm.")):
+            layer, part = 0, "block"
+        elif layer >= 0:
             part = "experts" if "_exps." in name else "mtp" if spec.layers[layer].mtp else "block"
         else:
             part = "table" if name == "token_embd.weight" else "input" if _is_input(name) else "output"
@@ -232,7 +238,7 @@ def _card_padding(type: str, shape: tuple[int, ...]) -> int:
     return FORMATS[type].bytes(512 - shape[0] % 512)
 
 
-@lru_cache(maxsize=512)
+@remembered
 def _groups(spec: ModelSpec) -> tuple[tuple[Role, tuple[int, ...], int], ...]:
     """(role, shape, how many) of what a card holds when it holds the whole model: all but the input table."""
     counted: dict[tuple, int] = {}
@@ -244,7 +250,7 @@ def _groups(spec: ModelSpec) -> tuple[tuple[Role, tuple[int, ...], int], ...]:
     return tuple((*key, n) for key, n in counted.items())
 
 
-@lru_cache(maxsize=8192)
+@remembered
 def card_bytes(spec: ModelSpec, quant: str, importance: bool = False) -> int:
     """Bytes of weights on one card that holds all layers and the output: what `weights` adds up to, without the blocks."""
     rule = _rule(spec, find_mix(quant), importance)
@@ -255,7 +261,7 @@ def card_bytes(spec: ModelSpec, quant: str, importance: bool = False) -> int:
     return total
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def loaded_bytes(spec: ModelSpec, quant: str) -> int:
     """Bytes of weights as transformers or vLLM hold a checkpoint: its parameters, unpadded; no rope tables (they are
     computed) and no multi-token-prediction blocks. In F32, F16 and BF16 every parameter has that type, vectors too."""
@@ -268,7 +274,7 @@ def loaded_bytes(spec: ModelSpec, quant: str) -> int:
 
 
 def _is_input(name: str) -> bool:
-    return name.startswith(("token_embd.", "per_layer_", "position_embd.", "altup_"))
+    return name.startswith(("token_embd.", "per_layer_token_embd.", "position_embd."))
 
 
 def size_of(spec: ModelSpec | str, quant: str | None = None, importance: bool = False) -> Size:
@@ -334,12 +340,22 @@ def cache_types(kv: str | tuple[str, str]) -> tuple[str, str]:
     return found[0], found[1]
 
 
+def checked_integer(name: str, value, low: int, high: int, remedy: str) -> int:
+    """A whole number of any kind (numpy's too, not a bool) in [low, high] as an int, or LabError with the remedy."""
+    try:
+        whole = None if isinstance(value, bool) else index(value)
+    except TypeError:
+        whole = None
+    if whole is None or not low <= whole <= high:
+        raise LabError(f"{name} is {value!r:.40}; {remedy}")
+    return whole
+
+
 def check_settings(context: int, sequences: int = 1, batch: int = 2048, ubatch: int = 512) -> None:
     """Raise LabError unless these are whole positive numbers in range, and sequences no more than the context."""
     for name, value, high in (("context", context, MAX_CONTEXT), ("sequences", sequences, 65536), ("batch", batch, 2**24),
                               ("ubatch", ubatch, 2**24)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-            raise LabError(f"{name} is {value!r:.40}; give a whole number from 1 to {high}")
+        checked_integer(name, value, 1, high, f"give a whole number from 1 to {high}")
     if sequences > context:
         raise LabError(f"{sequences} sequences share a context of {context} tokens; give each at least one")
 
@@ -366,7 +382,7 @@ def _engine(name: str) -> str:
     return name
 
 
-@lru_cache(maxsize=8192)
+@remembered
 def _cache_bytes(spec: ModelSpec, context: int, kv: tuple[str, str], engine: str, sequences: int, ubatch: int,
                  flash: bool, swa_full: bool, unified: bool) -> CacheBytes:
     if engine == "llama.cpp":

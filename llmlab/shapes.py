@@ -1,11 +1,13 @@
 """ModelSpec: what a model is made of, from a config.json, a GGUF header, a hub id or the catalogue."""
 
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from json import JSONDecodeError, loads
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 from .architectures import Layer, Tensor, Traits, layers, tensors
 from .catalog import entries, entry, nearest
@@ -45,6 +47,12 @@ class ModelSpec:
         return (f"<{self.title}: {self.architecture}, {format_count(self.params)} parameters"
                 f"{f' ({format_count(self.params_active)} active)' if self.experts else ''}, {len(self.blocks)} layers, "
                 f"context {self.context_train}{f', stored as {self.stored}' if self.stored else ''}>")
+
+    def __post_init__(self):
+        for name in ("metadata", "config"):       # specs are shared: nobody changes one under another
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                object.__setattr__(self, name, MappingProxyType(value))
 
     @property
     def title(self) -> str:
@@ -110,10 +118,29 @@ class ModelSpec:
         return tensor.layer >= 0 and self.layers[tensor.layer].mtp
 
 
+_MOST_REMEMBERED = 2048   # results kept a model, far more than a session of sliders makes
+
+
+def remembered(function: Callable) -> Callable:
+    """Keep what `function(spec, ...)` returned on the spec itself: looked up like lru_cache, gone with the spec."""
+    @wraps(function)
+    def wrapper(spec: ModelSpec, *arguments):
+        table = spec.__dict__.setdefault("_remembered", {})
+        key = function.__name__, arguments
+        try:
+            return table[key]
+        except KeyError:
+            if len(table) >= _MOST_REMEMBERED:
+                table.clear()
+            found = table[key] = function(spec, *arguments)
+            return found
+    return wrapper
+
+
 def model_spec(source, mtp: bool | None = None) -> ModelSpec:
     """The spec of a slug, a GGUF (the first of a sharded set too), a config.json or its folder, a config dict, or a hub id.
 
-    `mtp`: for configs, whether to count multi-token-prediction blocks into the file (see hf_config.translate).
+    A bare name that is in the catalogue means the catalogue; "./name" means a folder of that name. `mtp`: for configs, whether to count multi-token-prediction blocks into the file (see hf_config.translate).
     Raises UnknownName ("did you mean"), BadFile, BadConfig or Unreachable, each with one line.
     """
     if isinstance(source, ModelSpec):
@@ -123,7 +150,8 @@ def model_spec(source, mtp: bool | None = None) -> ModelSpec:
     if not isinstance(source, (str, Path)) or not str(source).strip():
         raise UnknownName(f"{source!r:.60} names no model; llmlab.models() lists what is known")
     text = str(source)
-    if isinstance(source, str) and len(text) < 4096 and "\n" not in text:
+    is_path = not isinstance(source, str) or text.startswith((".", "/", "~")) or text.endswith("/")
+    if not is_path and len(text) < 4096 and "\n" not in text:
         found = _catalogued(text, mtp)
         if found is not None:
             return found
@@ -143,25 +171,16 @@ def _catalogued(name: str, mtp: bool | None) -> ModelSpec | None:
 
 
 def _from_path_or_hub(text: str, mtp: bool | None) -> ModelSpec:
-    path = Path(text).expanduser()
     try:
+        path = Path(text).expanduser()
         exists = path.exists()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):      # RuntimeError: no such user's home
         exists = False
     if exists:
-        if path.is_dir():
-            if (path / "config.json").is_file():
-                return _from_config_file(path / "config.json", mtp)
-            first = sorted(p for p in path.glob("*.gguf") if "mmproj" not in p.name.lower())
-            if first:
-                return from_gguf(read_gguf(first[0]))
-            raise BadFile(f"{path} holds neither a config.json nor a GGUF")
-        if path.suffix == ".json":
-            return _from_config_file(path, mtp)
-        return from_gguf(read_gguf(path))
+        return _from_path(path, mtp)
     from .sources import find_local
     if local := find_local(text):
-        return model_spec(local.path, mtp)
+        return _from_path(Path(local.path), mtp)
     if _looks_like_hub(text):
         return _from_hub(text, mtp)
     if text.endswith((".gguf", ".json")) or "\\" in text or text.startswith((".", "/", "~")):
@@ -173,6 +192,30 @@ def _from_path_or_hub(text: str, mtp: bool | None) -> ModelSpec:
     raise UnknownName(f"{text!r:.80} is not known; did you mean {', '.join(nearest(text, entries()))}?")
 
 
+def _from_path(path: Path, mtp: bool | None) -> ModelSpec:
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            path = path / "config.json"
+        else:
+            ggufs = sorted(p for p in path.glob("*.gguf") if "mmproj" not in p.name.lower())
+            if not ggufs:
+                raise BadFile(f"{path} holds neither a config.json nor a GGUF")
+            path = ggufs[0]
+    try:
+        now = path.stat()
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISREG(now.st_mode):
+        raise BadFile(f"{path} is not a regular file; give a GGUF or a config.json")
+    return _read(str(path), (now.st_size, now.st_mtime_ns, now.st_ino), mtp)
+
+
+@lru_cache(maxsize=64)
+def _read(path: str, version: tuple[int, int, int], mtp: bool | None) -> ModelSpec:
+    """The spec of a file at one moment: asked again, it is read again only once it has changed."""
+    return _from_config_file(Path(path), mtp) if path.endswith(".json") else from_gguf(read_gguf(path))
+
+
 def _looks_like_hub(text: str) -> bool:
     parts = text.split("/")
     return 2 <= len(parts) <= 6 and all(parts) and not text.startswith((".", "/", "~")) and " " not in text
@@ -180,9 +223,11 @@ def _looks_like_hub(text: str) -> bool:
 
 def _from_config_file(path: Path, mtp: bool | None) -> ModelSpec:
     try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise BadConfig(f"{path} is larger than any config.json ({path.stat().st_size} bytes); is it the right file?")
-        fields = loads(path.read_text("utf-8"))
+        with path.open("rb") as file:
+            text = file.read(_MAX_CONFIG + 1)
+        if len(text) > _MAX_CONFIG:
+            raise BadConfig(f"{path} is larger than any config.json (over {_MAX_CONFIG} bytes); is it the right file?")
+        fields = loads(text.decode("utf-8-sig"))
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror or error}") from None
     except RecursionError:

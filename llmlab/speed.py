@@ -48,8 +48,8 @@ def speed(cards: tuple[Gpu, ...], card_bytes: tuple[int, ...], host_bytes: int, 
 
 def _prefill(cards: tuple[Gpu, ...], active_params: int, host_share: float) -> tuple[float, float, float] | None:
     """Prompt tokens per second: two operations a weight, over the rate of whatever holds the weight."""
-    rates = [card.fp16_flops or card.fp32_flops for card in cards]
-    if any(rate is None for rate in rates):
+    rates = [max(card.fp16_flops or 0, card.fp32_flops or 0) for card in cards]   # Pascal computes in fp32: 64 times faster
+    if not all(rates):
         return None
     slowest = min(rates) if rates else None
     found = []

@@ -193,8 +193,8 @@ def _serve(hub: HubServer, role: str) -> ThreadingHTTPServer:
                     time.sleep(hub.drip)
             data = data if cut is None else data[:cut]
             for start in range(0, len(data), 65536):
+                hub.sent[role] += len(data[start:start + 65536])     # first: who has the last byte may count at once
                 self.wfile.write(data[start:start + 65536])
-                hub.sent[role] += len(data[start:start + 65536])
             if cut is not None:
                 self.close_connection = True
 

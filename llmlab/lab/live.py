@@ -1,4 +1,4 @@
-"""What changes in place on a page: Chart (a figure that stays true and fills its width) and Words (read aloud)."""
+"""What needs the page's help: Chart (stays true, fills its width), Words (read aloud), Keys (a panel's keys are its own)."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,8 @@ class LiveFigure(go.FigureWidget):
 
     plotly hands its figure to the page once, as it was constructed, and from then on sends edits only. A page that is
     reloaded asks for the state and would be handed that first picture, so `get_state` hands out the present one. It
-    leans on plotly's names for that state (`_widget_data`, `_widget_layout`, `_config`); the browser test watches them.
+    leans on plotly's inner names (`_widget_data`, `_widget_layout`, `_config`, `_send_relayout_msg`); the browser test
+    watches them.
     """
 
     def __init__(self, figure=None, **more):
@@ -34,6 +35,8 @@ class LiveFigure(go.FigureWidget):
                     trace[path] = value
             for path, value in _changes(before["layout"], figure["layout"]):
                 self.layout[path] = value
+        if self._last and before["layout"].get("height") != figure["layout"].get("height"):
+            self._send_relayout_msg({"autosize": True, "width": None})      # a new height makes plotly freeze the width
         self._last = figure
 
     def get_state(self, key=None, drop_defaults=False):
@@ -104,5 +107,21 @@ class Words(anywidget.AnyWidget):
         model.on("change:html", show);
         show();
         return () => model.off("change:html", show);
+    } };
+    """
+
+
+class Keys(anywidget.AnyWidget):
+    """Keys pressed in a panel's lists, buttons and sliders stay there. JupyterLab would take them for commands: typing
+    "x" to find a card in a list cuts the cell. Works on every widget with the class `llmlab-panel`."""
+
+    _esm = """
+    export default { render() {
+        const keep = ({ target }) => {
+            if (target.closest(".llmlab-panel") && target.matches("select, button, [role=slider]"))
+                target.dataset.lmSuppressShortcuts = "true";
+        };
+        document.addEventListener("focusin", keep);
+        return () => document.removeEventListener("focusin", keep);
     } };
     """

@@ -92,7 +92,7 @@ class Notebook:
 
     def ready(self) -> "Notebook":
         """Wait until the notebook is there and its kernel answers; the "idle" sign is a race."""
-        self.page.wait_for_selector(".jp-NotebookPanel:visible .jp-Notebook", timeout=60_000)
+        self.page.wait_for_selector(".jp-NotebookPanel:visible .jp-Notebook", timeout=15_000)
         self.page.evaluate("""async () => {
             const app = window.jupyterapp; await app.restored;
             const panel = app.shell.currentWidget; await panel.context.ready;
@@ -110,21 +110,87 @@ class Notebook:
     def run_all(self) -> None:
         self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
 
+    def run(self, code: str) -> None:
+        """Run code in the notebook's kernel, as a cell would, and wait for it."""
+        self.page.evaluate("""async code => {
+            const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+            const reply = await kernel.requestExecute({code}).done;
+            if (reply.content.status !== 'ok') throw new Error(reply.content.evalue); }""", code)
+
+    def settle(self) -> None:
+        """Wait until what page and kernel have to tell each other is told."""
+        for _ in range(2):
+            self.run("pass")
+            self.page.wait_for_timeout(150)
+
+    def save(self) -> None:
+        """Store the outputs: a page that is reloaded finds its panels by them."""
+        self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+
     def cells(self) -> list[dict]:
         """[{"count", "errors"}] of the code cells."""
         return self.page.evaluate("""() => [...window.jupyterapp.shell.currentWidget.content.widgets]
             .filter(cell => cell.model.type === 'code').map(cell => ({count: cell.model.executionCount,
-                errors: cell.model.outputs.toJSON().filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)}))""")
+                errors: cell.model.outputs.toJSON().filter(o => o.output_type === 'error').map(o => o.evalue)}))""")
+
+    def show(self, words: str) -> None:
+        """Scroll to the first code cell with these words: JupyterLab attaches only what is near the window."""
+        self.page.evaluate("""async words => {
+            const content = window.jupyterapp.shell.currentWidget.content;
+            const at = content.widgets.findIndex(c => c.model.type === 'code' && c.model.sharedModel.source.includes(words));
+            content.activeCellIndex = at; await content.scrollToItem(at, 'start'); }""", words)
 
     def panel(self):
         """The fit panel, scrolled into view, its chart drawn."""
+        self.show("FitExplorer(")
         panel = self.page.locator(".llmlab-fit").first
-        panel.wait_for(timeout=60_000)
-        panel.scroll_into_view_if_needed()
-        panel.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=60_000)
+        panel.wait_for(timeout=15_000)
+        panel.locator(".js-plotly-plot .main-svg .bars path").first.wait_for(timeout=15_000)
         return panel
 
     def bars(self) -> list[list[float]]:
         """The lengths of the bars in the panel's chart, by trace."""
         return self.page.evaluate("""() => document.querySelector('.llmlab-fit .js-plotly-plot').data
             .filter(trace => trace.type === 'bar').map(trace => [...trace.x])""")
+
+    def wait_bars(self, wanted: list[list[float]]) -> None:
+        """Wait until the chart shows these lengths, and is drawn so."""
+        self.page.wait_for_function("""wanted => {
+            const chart = document.querySelector('.llmlab-fit .js-plotly-plot');
+            const bars = chart.data.filter(trace => trace.type === 'bar').map(trace => [...trace.x]);
+            return bars.length === wanted.length && bars.every((x, i) => x.length === wanted[i].length
+                && x.every((v, j) => Math.abs(v - wanted[i][j]) < 1e-6)); }""", arg=wanted, timeout=15_000)
+
+    def wait_words(self, words: str) -> None:
+        """Wait until the panel's answer has these words in it."""
+        self.page.wait_for_function("""words => document.querySelector('.llmlab-fit [role=status]').innerText
+            .includes(words)""", arg=words, timeout=15_000)
+
+    def axis(self) -> list[str]:
+        """What is written beside the bars, a text a device."""
+        return self.page.evaluate("""() => [...document.querySelectorAll('.llmlab-fit .yaxislayer-above text')]
+            .map(text => text.textContent)""")
+
+    def slider(self, description: str) -> int:
+        """Which of the panel's visible sliders has this description."""
+        return self.page.evaluate("""words => [...document.querySelectorAll('.llmlab-fit .widget-slider')]
+            .filter(s => s.getClientRects().length)
+            .findIndex(s => s.querySelector('label').textContent === words)""", description)
+
+    def latencies(self, presses: int) -> list[float]:
+        """Milliseconds from an arrow key on the context slider until the chart is drawn anew, in the page's own time."""
+        self.panel().locator(".widget-slider [role=slider]:visible").nth(self.slider("context")).focus()
+        self.page.evaluate("""() => {
+            const chart = document.querySelector('.llmlab-fit .js-plotly-plot');
+            window.pressed = null; window.took = [];
+            if (chart.timed) return;
+            chart.timed = true;
+            document.addEventListener('keydown', () => { window.pressed = performance.now(); }, true);
+            chart.on('plotly_afterplot', () => requestAnimationFrame(() => {
+                if (window.pressed !== null) window.took.push(performance.now() - window.pressed);
+                window.pressed = null; })); }""")
+        for press in range(presses):
+            self.page.keyboard.press("ArrowLeft" if press % 2 else "ArrowRight")
+            self.page.wait_for_function("count => window.took.length === count", arg=press + 1, timeout=10_000)
+            self.page.wait_for_timeout(60)
+        return self.page.evaluate("() => window.took")
