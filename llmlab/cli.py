@@ -14,10 +14,10 @@ from .errors import LabError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status: 0, or 2 for input that cannot be used."""
-    arguments, rest = _parser().parse_known_args(argv)
-    if rest and arguments.run is not _lab:
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        arguments, rest = _parser().parse_known_args(argv)
+        if rest and arguments.run is not _lab:
+            raise LabError(f"{rest[0]!r:.80} is no option of {arguments.command}; llmlab {arguments.command} --help lists them")
         return arguments.run(arguments, rest) or 0
     except LabError as error:
         print(f"llmlab: {error}", file=sys.stderr)
@@ -30,9 +30,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, but wrong usage is one line like every other error."""
+
+    def error(self, message: str):
+        raise LabError(f"{message}; {self.prog} --help says more")
+
+
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="llmlab", description="Will it fit, what does it cost, and what to do if it does not.")
     parser.add_argument("--version", action="version", version=f"llmlab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -94,9 +101,12 @@ def _print_json(value) -> None:
 def _fit(a: argparse.Namespace, rest: list[str]) -> None:
     from .fitting import fit
     kv = tuple(a.kv.split(",")) if "," in a.kv else a.kv
-    layers = int(a.gpu_layers) if a.gpu_layers.lstrip("-").isdigit() else a.gpu_layers
+    try:
+        layers = int(a.gpu_layers) if len(a.gpu_layers) < 20 else a.gpu_layers
+    except ValueError:
+        layers = a.gpu_layers
     report = fit(a.model, _asked_cards(a.gpu), quant=a.quant, context=a.context, kv=kv, engine=a.engine, gpu_layers=layers,
-                 n_cpu_moe=a.n_cpu_moe, split=a.split.split(",") if a.split else None, host=a.host, sequences=a.sequences,
+                 n_cpu_moe=a.n_cpu_moe, split=a.split, host=a.host, sequences=a.sequences,
                  batch=a.batch, ubatch=a.ubatch, flash_attention=not a.no_flash_attention, importance=a.importance,
                  swa_full=a.swa_full, unified=a.unified)
     if a.json:
@@ -114,7 +124,9 @@ def _asked_cards(names: list[str] | None):
     if names is None:
         from .hardware import machine
         return machine()
-    if [n.lower() for n in names] == ["none"]:
+    if any(n.strip().lower() == "none" for n in names):
+        if len(names) > 1:
+            raise LabError("--gpu none is the host alone; leave the other cards out")
         return None
     return names
 
@@ -196,10 +208,6 @@ def _lab(a: argparse.Namespace, rest: list[str]) -> int:
 def _importable(name: str) -> bool:
     from importlib.util import find_spec
     return find_spec(name) is not None
-
-
-
-
 
 
 if __name__ == "__main__":

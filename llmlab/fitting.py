@@ -211,6 +211,8 @@ def _cards(gpu) -> tuple[tuple[Gpu, ...], int | None]:
         return gpu.cards, _usable_ram(gpu)
     if gpu is None or (isinstance(gpu, (list, tuple)) and not gpu):
         return (), _this_ram()
+    if isinstance(gpu, str) and gpu.strip().lower() == "none":
+        return (), _this_ram()
     if isinstance(gpu, (list, tuple)):
         return tuple(catalog.gpu(g) for g in gpu), None
     return (catalog.gpu(gpu),), None

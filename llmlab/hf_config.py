@@ -348,7 +348,10 @@ def _lfm2(c: Config, kv: dict, count: int) -> None:
            "attention.head_count_kv": tuple(kv["attention.head_count_kv"] if k == "full_attention" else 0 for k in kinds)}
     if c.raw("block_auto_adjust_ff_dim") and c.raw("block_ff_dim", "intermediate_size"):
         ff = int(2 * c.number("block_ff_dim", "intermediate_size") / 3)
-        ff = int(float(c.raw("block_ffn_dim_multiplier") or 1.0) * ff)
+        factor = float(c.raw("block_ffn_dim_multiplier") or 1.0)
+        if not 0 < factor < 100:
+            raise BadConfig(f"{c.where}: block_ffn_dim_multiplier is {factor}, expected a number near 1")
+        ff = int(factor * ff)
         step = c.number("block_multiple_of", default=256)
         kv["feed_forward_length"] = step * -(-ff // step)
 
@@ -380,7 +383,8 @@ def _gemma3n(c: Config, kv: dict, count: int) -> None:
     if isinstance(c.raw("intermediate_size"), (list, tuple)):
         kv["feed_forward_length"] = tuple(c.listed("intermediate_size", count, of=int))
     kv |= {"embedding_length_per_layer_input": c.number("hidden_size_per_layer_input"),
-           "altup.num_inputs": c.number("altup_num_inputs", default=4), "laurel_rank": c.number("laurel_rank", default=64),
+           "altup.num_inputs": c.number("altup_num_inputs", default=4, low=2, high=64),
+           "laurel_rank": c.number("laurel_rank", default=64),
            "attention.shared_kv_layers": c.number("num_kv_shared_layers", default=0, low=0, high=count)}
 
 

@@ -60,7 +60,8 @@ def _single(number: float) -> float:
     return unpack("f", pack("f", number))[0]
 
 
-def placed_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, c: CacheBytes, gpu_layers: int) -> list[Term]:
+def placed_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, c: CacheBytes,
+                 gpu_layers: int) -> list[Term]:
     """The terms of a llama.cpp run with that many layers on the cards."""
     count, n = len(spec.layers), len(cards)
     where = assignment(spec, cards, s, gpu_layers)

@@ -88,8 +88,8 @@ def _belongs(made_for: str, quant: str, engine: str) -> None:
 
 
 LADDERS = {
-    "llama.cpp": ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S",
-                  "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
+    "llama.cpp": ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M",
+                  "Q3_K_S", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
     "transformers": ("BF16", "INT8", "NF4", "NF4_DQ"),
     "vllm": ("BF16", "FP8", "GPTQ_INT4", "AWQ_INT4"),
 }

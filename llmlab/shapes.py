@@ -140,7 +140,8 @@ def remembered(function: Callable) -> Callable:
 def model_spec(source, mtp: bool | None = None) -> ModelSpec:
     """The spec of a slug, a GGUF (the first of a sharded set too), a config.json or its folder, a config dict, or a hub id.
 
-    A bare name that is in the catalogue means the catalogue; "./name" means a folder of that name. `mtp`: for configs, whether to count multi-token-prediction blocks into the file (see hf_config.translate).
+    A bare name that is in the catalogue means the catalogue; "./name" means a folder of that name.
+    `mtp`: for configs, whether to count multi-token-prediction blocks into the file (see hf_config.translate).
     Raises UnknownName ("did you mean"), BadFile, BadConfig or Unreachable, each with one line.
     """
     if isinstance(source, ModelSpec):

@@ -3,7 +3,6 @@
 GiB is 2**30 bytes, GB is 10**9; rates (GB/s) count in 10**9.
 """
 
-import math
 import re
 
 from .errors import LabError
@@ -27,12 +26,12 @@ def parse_bytes(text: str | int | float) -> int:
     Raises LabError for anything else, and for negative or non-finite numbers.
     """
     if isinstance(text, (int, float)) and not isinstance(text, bool):
-        if not math.isfinite(text) or text < 0:
-            raise LabError(f"{text} is not a size; give bytes, or words like '8 GiB'")
+        if not 0 <= text < 2**80:
+            raise LabError(f"{str(text)[:40]} is not a size; give bytes, or words like '8 GiB'")
         return int(text)
     match = _SIZE.fullmatch(str(text))
-    if not match or match[2].lower() not in _UNITS:
-        raise LabError(f"{text!r} is not a size; give bytes, or words like '8 GiB' or '512 MB'")
+    if not match or match[2].lower() not in _UNITS or len(match[1]) > 20:
+        raise LabError(f"{text!r:.60} is not a size; give bytes, or words like '8 GiB' or '512 MB'")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 

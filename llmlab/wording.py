@@ -20,13 +20,15 @@ def answer(r: "Report") -> str:
         return f"{what} {_SAYS[r.verdict]} {'' if r.fits else 'in '}{where}: it needs {format_bytes(host.used)}.{_beyond(r)}"
     names = _listed([card.name for card in r.cards])
     host, cards = r.devices["host"], [d for name, d in r.devices.items() if name != "host"]
-    if host.verdict == "does not fit" and all(d.verdict != "does not fit" for d in cards):
+    if not r.partial and host.verdict == "does not fit" and all(d.verdict != "does not fit" for d in cards):
         return (f"{what} does not fit the RAM beside {names}: {format_bytes(host.used)} of {format_bytes(host.free)} there, "
                 f"{r.gpu_layers} of {r.layers} layers on the card{_s(r)}.{_beyond(r)}")
     if r.partial:
         whole = r.with_(gpu_layers=r.layers)
         need = [d for name, d in whole.devices.items() if name != "host"]
         text = f"{what} does not fit {names}: it needs {_sum(need)}."
+        if host.verdict == "does not fit":
+            return f"{text} With what does not go on the card{_s(r)} in RAM it does not fit either.{_beyond(r)}"
         if not r.gpu_layers:
             return f"{text} Not one layer goes on the card{_s(r)}.{_beyond(r)}"
         goes = "layer goes" if r.gpu_layers == 1 else "layers go"

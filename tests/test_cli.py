@@ -51,7 +51,12 @@ def test_tables_and_doctor(capsys):
 @pytest.mark.parametrize("argv, says", [
     (["fit", "lama-3-8b"], "did you mean"), (["fit", "llama-3-8b", "--gpu", "rtx-9999"], "rtx"),
     (["fit", "llama-3-8b", "--context", "-5"], "context"), (["size", "llama-3-8b", "Q4_Z"], "Q4_"),
-    (["fit", "gone.gguf"], "gone.gguf"), (["fit", "llama-3-8b", "--gpu-layers", "many"], "gpu_layers")])
+    (["fit", "gone.gguf"], "gone.gguf"), (["fit", "llama-3-8b", "--gpu-layers", "many"], "gpu_layers"),
+    (["fit"], "MODEL"), (["fit", "llama-3-8b", "--jsn"], "--jsn"), (["nosuch"], "nosuch"), (["size", "a", "b", "c"], "'c'"),
+    (["fit", "llama-3-8b", "--gpu-layers=--5"], "gpu_layers"),
+    (["fit", "llama-3-8b", "--gpu", "none", "--gpu", "none"], "none"),
+    (["fit", "llama-3-8b", "--host", "0"], "host"), (["fit", "llama-3-8b", "--host", "9" * 400], "size"),
+    (["fit", "/dev/zero"], "regular file"), (["fit", "llama-3-8b", "--quant", "Q9"], "Q4_K_M")])
 def test_bad_input_gets_one_line_and_status_2(capsys, argv, says):
     status, out, err = run(capsys, *argv)
     assert status == 2 and out == "" and err.startswith("llmlab: ") and says in err and err.count("\n") == 1

@@ -13,7 +13,7 @@ from llmlab.errors import LabError
 from llmlab.fitting import QUANT_LADDER, fit
 from llmlab.formats.mixes import MIXES
 from llmlab.memory import cache_bytes, output_bytes, weights
-from llmlab.shapes import model_spec
+from llmlab.shapes import from_config, model_spec
 from llmlab.units import GIB, MIB
 
 
@@ -202,6 +202,73 @@ def test_nothing_is_lost_whatever_the_placement(name, quant, context, kv, layers
     assert report.total("output") == output_bytes(spec)
     assert report.gpu_layers <= len(spec.layers) + 1
     assert report.verdict in ("fits", "may spill", "does not fit") and report.answer
+
+
+def test_unified_memory_is_one_memory():
+    moe = fit("qwen3-30b-a3b", "jetson-orin-nx-16gb", n_cpu_moe=48)           # 3 GiB as card memory, 16 as RAM, 16 in all
+    assert moe.verdict == "does not fit" and moe.devices["host"].verdict == "does not fit"
+    whole = fit("qwen3-30b-a3b", "jetson-orin-nx-16gb")
+    assert whole.verdict == "does not fit" and "either" in whole.answer
+    assert fit("llama-3-8b", "jetson-orin-nx-16gb").fits
+
+
+def test_a_card_with_no_layers_still_computes():
+    """llama.cpp copies the output matrix over for large batches: 548.18 MiB printed for a Qwen2.5 3B with no layer there."""
+    report = fit("qwen2.5-3b", "gtx-1660-ti-6gb", gpu_layers=0, context=4096)
+    assert round(report.total("compute", "gpu0") / MIB, 2) == 548.18
+
+
+def test_per_layer_embeddings_split_as_llama_cpp_splits_them():
+    """Gemma's per-layer table stays on the host; its projection runs with block 0 (llama-arch.cpp: a repeating tensor)."""
+    spec = model_spec("gemma-4-e2b")
+    report = fit(spec, "rtx-3060-12gb", gpu_layers=99)
+    w = weights(spec, "Q4_K_M")
+    size = {t.name: b for t, b in zip(spec.tensors, w.bytes, strict=True)}
+    assert report.total("weights", "host") == size["token_embd.weight"] + size["per_layer_token_embd.weight"]
+
+
+def test_prefill_is_never_slower_than_decode():
+    for row in catalog.gpus():
+        rates = fit("llama-3-8b", row["id"], quant="Q4_0", context=2048, gpu_layers=99).speed
+        if rates.decode_tps and rates.prefill_tps:
+            assert rates.prefill_tps[1] > rates.decode_tps[1], row["id"]
+
+
+def test_more_sequences_share_a_longer_context():
+    report = fit("llama-3-8b", "h100-sxm5-80gb", sequences=32)
+    assert report.largest_context() > 8192 * 4 and report.largest_context() <= 8192 * 32
+    assert fit("llama-3-8b", "rtx-3060-12gb", context=4096, sequences=512).largest_context() == 0
+
+
+def test_each_engine_has_its_own_ladder():
+    assert fit("llama-3-8b", "rtx-3060-12gb", quant="NF4", engine="transformers").best_quant() == "NF4"
+    assert fit("llama-3-8b", "rtx-3060-12gb", quant="AWQ_INT4", engine="vllm").best_quant() == "FP8"
+    with pytest.raises(LabError, match="zz"):
+        fit("llama-3-8b", "rtx-3060-12gb").best_quant(["zz"])
+    with pytest.raises(LabError, match="ladder"):
+        fit("llama-3-8b", "rtx-3060-12gb").best_quant("Q4_K_M")
+
+
+def test_what_is_short_is_named():
+    assert "RAM beside" in fit("llama-3-70b", "rtx-3060-12gb", gpu_layers=10, host="16 GiB").answer
+    assert fit("llama-3-8b", "rtx-3060-12gb", host="1 GiB").gpu_layers == 33
+    assert "in RAM" in fit("qwen3-30b-a3b", "rtx-3060-12gb", n_cpu_moe=48).answer
+
+
+def test_whole_numbers_of_any_kind():
+    numpy = pytest.importorskip("numpy")
+    assert fit("llama-3-8b", "rtx-3060-12gb", context=numpy.int64(4096), gpu_layers=numpy.int32(5)).settings.context == 4096
+
+
+def test_nothing_is_kept_when_a_model_is_gone():
+    import gc
+    import weakref
+    spec = from_config(dict(catalog.entry("llama-3-8b").config), "passing")
+    fit(spec, "rtx-3060-12gb").best_quant()
+    gone = weakref.ref(spec)
+    del spec
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_face():

@@ -255,7 +255,9 @@ def test_finding_narrows_the_lists_and_enter_takes_the_first(panel):
     assert panel.state.card == "rtx-4090-laptop-16gb" and panel.find_card.value == ""
     panel.find_model.value = "no such model"
     enter(panel.find_model)
-    assert "no such model" in panel.answer and panel.state.report.spec.name == "llama-3-8b"
+    assert "no such model" in panel.said.html and panel.state.model == panel.model.value == "llama-3-8b"
+    panel.context.value = 2048                                # nothing is left behind that would be in the way
+    assert panel.state.report.settings.context == 2048 and "no such model" not in panel.said.html
 
 
 def enter(text: w.Text) -> None:

@@ -89,6 +89,28 @@ def test_a_config_file_its_folder_and_its_fields_give_the_same_model(tmp_path):
     assert specs[1].name == "m"
 
 
+def test_a_path_means_the_path(tmp_path, monkeypatch):
+    """A user's own folder named like a catalogue model is reached by ./name; a bare name is the catalogue."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama-3-8b").mkdir()
+    (tmp_path / "llama-3-8b" / "config.json").write_text(json.dumps({**entry("llama-3-8b").config, "num_hidden_layers": 3}))
+    assert len(model_spec("./llama-3-8b").layers) == len(model_spec("llama-3-8b/").layers) == 3
+    assert len(model_spec("llama-3-8b").layers) == 32
+
+
+def test_a_file_that_changed_is_read_again(tmp_path):
+    path = tmp_path / "config.json"
+    for layers in (2, 3):
+        path.write_text(json.dumps({**entry("llama-3-8b").config, "num_hidden_layers": layers, "note": "x" * layers}))
+        assert len(model_spec(path).layers) == layers
+    assert model_spec(path) is model_spec(path)
+
+
+def test_specs_are_shared_and_cannot_be_changed():
+    with pytest.raises(TypeError):
+        model_spec("llama-3-8b").metadata["vocab_size"] = 1
+
+
 def test_a_gguf_is_its_own_tensors(tmp_path):
     spec = model_spec("smollm2-135m")
     path = tmp_path / "tiny.gguf"
@@ -127,7 +149,9 @@ def test_did_you_mean():
     ({"hidden_size": -4096}, "hidden_size"), ({"hidden_size": "big"}, "hidden_size"), ({"vocab_size": 10**18}, "vocab_size"),
     ({"num_attention_heads": 0}, "num_attention_heads"), ({"intermediate_size": float("nan")}, "intermediate_size"),
     ({"hidden_size": None}, "hidden_size"), ({"model_type": "mystery"}, "mystery"), ({"model_type": None}, "model_type"),
-    ({"num_key_value_heads": True}, "num_key_value_heads"), ({"head_dim": 1.5}, "head_dim")])
+    ({"num_key_value_heads": True}, "num_key_value_heads"), ({"head_dim": 1.5}, "head_dim"),
+    ({"num_key_value_heads": 7}, "evenly"), ({"num_key_value_heads": 64}, "evenly"),
+    ({"num_local_experts": 65536, "moe_intermediate_size": 2**30}, "weights")])
 def test_absurd_configs_are_refused_by_the_field(change, says):
     with pytest.raises(BadConfig, match=says) as refused:
         from_config({**entry("llama-3-8b").config, **change}, "absurd")

@@ -59,8 +59,9 @@ def find_mix(name: str) -> Mix:
     key = str(name).strip().upper().replace("-", "_") if isinstance(name, str) else ""
     key = ALIASES.get(key, key)
     if key not in MIXES:
-        near = ", ".join(nearest(key, MIXES)) if key and len(key) < 64 else "Q4_K_M"
-        raise UnknownName(f"{str(name)[:60]!r} is not a quant; did you mean {near}?")
+        near = nearest(key, MIXES) if 0 < len(key) < 64 else []
+        says = f"did you mean {', '.join(near)}?" if near else "there are Q4_K_M, Q5_K_M, Q8_0, IQ4_XS and more"
+        raise UnknownName(f"{str(name)[:60]!r} is not a quant; {says}")
     return MIXES[key]
 
 

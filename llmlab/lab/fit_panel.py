@@ -87,7 +87,7 @@ class FitExplorer(w.VBox):
         def enter(_widget, content, _buffers):
             if content.get("event") == "submit" and text.value.strip():
                 found = options.matching(offered, text.value)
-                setattr(self.state, setting, found[0][1] if found else text.value.strip())
+                self._take(setting, found[0][1] if found else text.value.strip())
                 text.value = ""
 
         text.on_msg(self._guarded(enter))
@@ -125,6 +125,14 @@ class FitExplorer(w.VBox):
                 logging.getLogger(__name__).exception("in a callback of the fit panel")
                 self._say(f"Something is wrong in llmlab itself: {type(error).__name__}: {error}")
         return run
+
+    def _take(self, setting: str, value: str) -> None:
+        """Set what was typed; where it is nothing, say so and keep what there was, which is what the lists show."""
+        before = getattr(self.state, setting)
+        setattr(self.state, setting, value)
+        if problem := self.state.error:
+            setattr(self.state, setting, before)
+            self._say(problem)
 
     def _toggled(self, change) -> None:
         self.state.gpu_layers = "auto" if change["new"] else self.state.report.gpu_layers

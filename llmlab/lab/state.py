@@ -21,7 +21,7 @@ def _known(settings: dict) -> dict:
 
 
 class FitState(t.HasTraits):
-    """The settings of a fit as traits; `report`, `answer`, `speed`, `hint` and `error` follow.
+    """The settings of a fit as traits; `report` follows, and in words `answer`, `hint`, `trust`, `speed` and `error`.
 
     Any value may be set: one that cannot be used leaves the last good report in place and says why in `error`. Several
     changes inside `update(...)` or `with state.hold_trait_notifications():` make one report.

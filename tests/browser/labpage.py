@@ -186,9 +186,9 @@ class Notebook:
             if (chart.timed) return;
             chart.timed = true;
             document.addEventListener('keydown', () => { window.pressed = performance.now(); }, true);
-            chart.on('plotly_afterplot', () => requestAnimationFrame(() => {
+            chart.on('plotly_afterplot', () => {
                 if (window.pressed !== null) window.took.push(performance.now() - window.pressed);
-                window.pressed = null; })); }""")
+                window.pressed = null; }); }""")
         for press in range(presses):
             self.page.keyboard.press("ArrowLeft" if press % 2 else "ArrowRight")
             self.page.wait_for_function("count => window.took.length === count", arg=press + 1, timeout=10_000)
