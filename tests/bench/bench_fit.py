@@ -98,7 +98,7 @@ def load() -> float | None:
 
 
 def forget() -> None:
-    """Empties what sizes, caches and rules remember; the catalogue and the specs stay."""
+    """Empties what rules remember; the catalogue stays, and what a spec remembers is on the spec."""
     for module in (memory, fitting, mixes):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
@@ -117,8 +117,9 @@ def fit_calls(spec, cards: list, settings: dict) -> dict[str, Callable[[], Calla
 
     def new_quant():
         ask()                           # what belongs to the model alone is known
-        memory.types.cache_clear()
-        memory.weights.cache_clear()
+        table = spec.__dict__["_remembered"]
+        for key in [key for key in table if key[0] in ("types", "weights")]:
+            del table[key]
         return ask
 
     def new_context():
