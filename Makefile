@@ -37,10 +37,12 @@ peers: $(VENV)/.peers
 bench: $(VENV)/.peers
 	$(BIN)/python -m pytest tests/bench -s
 
-# Executes every notebook in place; widget state and timings stay out of the files.
+# Executes every notebook in place; widget state, timings and what is only true of this machine stay out of the files.
 refresh: $(VENV)/.test
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=120 \
 	  --ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --inplace --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_all_outputs_tags=nbval-ignore-output notebooks/*.ipynb
 
 wheel: $(VENV)/.test
 	$(BIN)/python -m build --no-isolation

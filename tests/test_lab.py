@@ -311,6 +311,15 @@ def test_a_reloaded_page_is_handed_the_present_figure(panel):
     assert handed["_widget_layout"]["xaxis"]["range"] == fit_picture(panel.state.report)["layout"]["xaxis"]["range"]
 
 
+def test_a_reloaded_page_is_handed_what_plotly_forgot(panel):
+    """plotly drops from its own record what a page reports back as a default; a new page would show other defaults."""
+    for trace in panel.chart.figure._data:
+        trace.pop("showlegend", None)
+    handed, wanted = panel.chart.figure.get_state()["_widget_data"], fit_picture(panel.state.report)["data"]
+    assert [t.get("showlegend") for t in handed] == [t.get("showlegend") for t in wanted]
+    assert all("uid" in trace for trace in handed)             # by which the page tells the traces apart
+
+
 def test_one_change_sends_the_chart_one_message_with_what_changed(panel, monkeypatch):
     sent = []
     monkeypatch.setattr(LiveFigure, "_send_update_msg", lambda self, *args, **more: sent.append((args, more)))

@@ -17,9 +17,9 @@ class LiveFigure(go.FigureWidget):
     watches them.
     """
 
-    def __init__(self, figure=None, **more):
-        self._last = None
-        super().__init__(figure, **more)
+    def __init__(self, figure: dict | go.Figure):
+        self._last = figure if isinstance(figure, dict) else figure.to_dict()
+        super().__init__(figure)
         self._built = True
         self._config = {**self._config, "displayModeBar": False, "responsive": True}
 
@@ -28,21 +28,21 @@ class LiveFigure(go.FigureWidget):
 
         Only what differs from the figure presented before is touched: plotly takes 40 ms to compare it all.
         """
-        before = self._last or {"data": [{}] * len(self.data), "layout": {}}
+        before, self._last = self._last, figure
         with self.batch_update():
             for trace, old, new in zip(self.data, before["data"], figure["data"], strict=True):
                 for path, value in _changes(old, new):
                     trace[path] = value
             for path, value in _changes(before["layout"], figure["layout"]):
                 self.layout[path] = value
-        if self._last and before["layout"].get("height") != figure["layout"].get("height"):
+        if before["layout"].get("height") != figure["layout"].get("height"):
             self._send_relayout_msg({"autosize": True, "width": None})      # a new height makes plotly freeze the width
-        self._last = figure
 
     def get_state(self, key=None, drop_defaults=False):
         state = super().get_state(key, drop_defaults)
         if key is None and self.__dict__.get("_built"):      # before that there is no figure to hand out
-            now = self.to_dict()
+            # plotly forgets what the page reports as its own default, "showlegend": False too; so over what was presented
+            now = _over(self._last, self.to_dict())
             state["_widget_data"], state["_widget_layout"] = now["data"], now["layout"]
         return state
 
@@ -57,6 +57,16 @@ def _changes(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, object
             yield from _changes(old.get(key) or {}, value, f"{path}{key}.")
         elif key not in old or old[key] != value:
             yield f"{path}{key}", value
+
+
+def _over(under, top):
+    """`top`, and of `under` what `top` does not say: dicts by key, lists of dicts by place."""
+    if isinstance(under, dict) and isinstance(top, dict):
+        return {**under, **{key: _over(under.get(key), value) for key, value in top.items()}}
+    if isinstance(top, (list, tuple)) and isinstance(under, (list, tuple)) and len(top) == len(under) and all(
+            isinstance(one, dict) for one in top):
+        return [_over(*pair) for pair in zip(under, top, strict=True)]
+    return top
 
 
 class _Width(anywidget.AnyWidget):

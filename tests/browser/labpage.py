@@ -15,7 +15,9 @@ TOP = Path(__file__).resolve().parents[2]
 TOKEN = "llmlab-browser-test"
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync").split()
-NOT_OURS = ("favicon", "/api/kernels", "jupyterlab-news", "apputils-extension:notification", "ResizeObserver loop")
+# "widget model not found": JupyterLab draws stored outputs before it has fetched the kernel's widgets, and then again.
+NOT_OURS = ("widget model not found", "favicon", "/api/kernels", "jupyterlab-news", "apputils-extension:notification",
+            "ResizeObserver loop")
 
 
 @contextlib.contextmanager
@@ -170,6 +172,10 @@ class Notebook:
         """What is written beside the bars, a text a device."""
         return self.page.evaluate("""() => [...document.querySelectorAll('.llmlab-fit .yaxislayer-above text')]
             .map(text => text.textContent)""")
+
+    def legend(self) -> list[str]:
+        """The names in the chart's legend."""
+        return self.page.evaluate("() => [...document.querySelectorAll('.llmlab-fit .legendtext')].map(t => t.textContent)")
 
     def slider(self, description: str) -> int:
         """Which of the panel's visible sliders has this description."""

@@ -32,6 +32,23 @@ def drawn(context: int) -> list[list[float]]:
     return [trace["x"] for trace in fit_picture(report)["data"] if trace["type"] == "bar"]
 
 
+def named(context: int) -> list[str]:
+    """What its legend must name."""
+    report = llmlab.fit("llama-3-8b", "rtx-3060-12gb", quant="Q4_K_M", context=context)
+    return [trace["name"] for trace in fit_picture(report)["data"] if trace.get("showlegend", True)]
+
+
+@pytest.fixture(autouse=True)
+def legend_is_true(book):
+    """Whatever was done to the panel, back at a preset its legend names what the preset has."""
+    yield
+    book.settle()
+    preset(book, "8B on 12 GB")
+    book.wait_bars(drawn(8192))
+    book.settle()
+    assert book.legend() == named(8192)
+
+
 def near(bars: list[list[float]], wanted: list[list[float]]) -> bool:
     return len(bars) == len(wanted) and all(a == pytest.approx(b, abs=1e-6) for a, b in zip(bars, wanted, strict=True))
 
