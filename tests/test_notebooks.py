@@ -90,7 +90,7 @@ def compared(path: Path, startup: str, home: Path) -> subprocess.CompletedProces
                         "PYTHONPATH": os.pathsep.join(filter(None, [str(TOP), os.environ.get("PYTHONPATH")]))}
     return subprocess.run(
         [sys.executable, "-m", "pytest", path, "--nbval", "--nbval-sanitize-with", FOLDER / "sanitize.cfg",
-         "--nbval-current-env", "--nbval-cell-timeout=120", "-p", "no:cacheprovider", "-rfE", "--color=no"],
+         "--nbval-current-env", "--nbval-cell-timeout=120", "-p", "no:cacheprovider", "-rN", "--color=no"],
         cwd=TOP, env=env, capture_output=True, text=True, timeout=300)
 
 
