@@ -461,7 +461,8 @@ class Table(Sequence):
 
 
 def models(family: str | None = None) -> Table:
-    """The models of the catalogue as a table; `family` keeps those whose family begins so ("qwen3", "Llama 3.1").
+    """The models of the catalogue as a table; `family` keeps those whose family begins so ("qwen3", "Llama 3.1"), or
+    with a word of their id ("coder").
 
     Raises UnknownName for a family there is none of.
     """
@@ -473,7 +474,7 @@ def models(family: str | None = None) -> Table:
 
 
 def gpus(vendor: str | None = None) -> Table:
-    """The cards of the catalogue as a table; `vendor` keeps one maker's.
+    """The cards of the catalogue as a table; `vendor` keeps one maker's, or the cards with that in their name ("3060").
 
     Raises UnknownName for a maker there is none of.
     """
@@ -489,7 +490,8 @@ def _chosen(rows: Iterable, column: str, wanted: object, listing: str) -> list:
     if wanted is None:
         return rows
     key = _key(wanted) if isinstance(wanted, str) and len(wanted) <= _LONGEST_NAME else ""
-    chosen = [row for row in rows if key and _key(getattr(row, column)).startswith(key)]
+    chosen = [row for row in rows if key and _key(getattr(row, column)).startswith(key)] or [
+        row for row in rows if key and any(part.startswith(key) for part in row.id.split("-"))]
     if not chosen:
         raise unknown(column, wanted, {getattr(row, column) for row in rows}, listing)
     return chosen

@@ -72,21 +72,27 @@ def _add_fit(commands) -> None:
     one.add_argument("--gpu", action="append", metavar="CARD", help="a card (again for several); 'none': the host alone; "
                      "default: this computer")
     one.add_argument("--quant", help="such as Q4_K_M (default: as stored in a GGUF, else Q4_K_M)")
-    one.add_argument("--context", type=int, default=8192, help="tokens that all sequences share (default 8192)")
+    one.add_argument("--context", type=_tokens, default=8192, help="tokens that all sequences share: 8192 (default), 32k")
     one.add_argument("--kv", default="f16", help="cache type, or K,V: q8_0 or q8_0,q4_0 (default f16)")
     one.add_argument("--engine", default="llama.cpp", help="llama.cpp (default), transformers or vllm")
     one.add_argument("--gpu-layers", default="auto", help="'auto', or how many (blocks, and the output as one more)")
     one.add_argument("--n-cpu-moe", type=int, default=0, help="blocks whose experts stay on the host")
     one.add_argument("--split", help="shares of several cards: 3,1")
     one.add_argument("--host", help="RAM, like '32 GiB' (default: this computer's with --gpu none, else unlimited)")
-    one.add_argument("--sequences", type=int, default=1)
-    one.add_argument("--batch", type=int, default=2048)
-    one.add_argument("--ubatch", type=int, default=512)
-    one.add_argument("--no-flash-attention", action="store_true")
+    one.add_argument("--sequences", type=int, default=1, help="requests at once; they share the context")
+    one.add_argument("--batch", type=int, default=2048, help="prompt tokens taken in at once (default 2048)")
+    one.add_argument("--ubatch", type=int, default=512, help="tokens of one graph, which sizes the compute buffer (512)")
+    one.add_argument("--no-flash-attention", action="store_true", help="larger compute buffers, no quantized V cache")
     one.add_argument("--importance", action="store_true", help="quantized with an importance matrix")
     one.add_argument("--swa-full", action="store_true", help="llama.cpp's full-size sliding-window cache")
     one.add_argument("--unified", action="store_true", help="one cache for all sequences")
     _finish(one, _fit)
+
+
+def _tokens(text: str) -> int | str:
+    """`"32k"` is 32768; what is no number is left for the check that says so."""
+    number, factor = (text[:-1], 1024) if text[-1:] in "kK" else (text, 1)
+    return int(number) * factor if number.lstrip("-").isdecimal() and len(number) < 20 else text
 
 
 def _finish(parser: argparse.ArgumentParser, run) -> None:
@@ -99,6 +105,7 @@ def _print_json(value) -> None:
 
 
 def _fit(a: argparse.Namespace, rest: list[str]) -> None:
+    from . import wording
     from .fitting import fit
     kv = tuple(a.kv.split(",")) if "," in a.kv else a.kv
     try:
@@ -112,11 +119,10 @@ def _fit(a: argparse.Namespace, rest: list[str]) -> None:
     if a.json:
         _print_json(report.to_dict())
         return
-    print(report.answer)
+    for line in (report.answer, wording.hint(report), wording.trust(report), wording.speed(report)):
+        if line:
+            print(line)
     print(report.table)
-    if report.speed.decode_tps:
-        low, best, high = report.speed.decode_tps
-        print(f"speed, modelled: about {best:.0f} tokens per second ({low:.0f} to {high:.0f}) with the context full")
 
 
 def _asked_cards(names: list[str] | None):
@@ -140,7 +146,8 @@ def _size(a: argparse.Namespace, rest: list[str]) -> None:
         _print_json({"tensor_bytes": size.tensor_bytes, "bits_per_weight": size.bits_per_weight,
                      "needs_importance": size.needs_importance})
         return
-    print(f"{size.tensor_bytes} bytes ({format_bytes(size.tensor_bytes)}), {size.bits_per_weight:.4f} bits per weight"
+    print(f"{size.quant}: {size.tensor_bytes:,} bytes ({format_bytes(size.tensor_bytes)}), "
+          f"{size.bits_per_weight:.4f} bits per weight"
           + (", needs an importance matrix" if size.needs_importance else ""))
 
 

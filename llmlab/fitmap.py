@@ -10,10 +10,11 @@ from .fitting import QUANT_LADDER
 from .memory import cache_bytes, cache_types, card_bytes, check_settings
 from .placing import compute_high, overhead_high
 from .settings import ladder as checked_ladder
+from .settings import quants_to_try
 from .shapes import ModelSpec, model_spec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitMap:
     """`best[i][j]`: the most faithful quant of `ladder` with which model i fits card j, or None."""
 
@@ -32,8 +33,13 @@ class FitMap:
     def answer(self) -> str:
         """The map in one sentence."""
         pairs = len(self.models) * len(self.cards)
+        def many(n: int, what: str) -> str:
+            return f"{n} {what}{'s' if n != 1 else ''}"
         return (f"{self.count():,} of {pairs:,} pairs fit whole with {self.context:,} tokens of context: "
-                f"{len(self.models)} models on {len(self.cards)} cards.")
+                f"{many(len(self.models), 'model')} on {many(len(self.cards), 'card')}.")
+
+    def __repr__(self) -> str:
+        return f"<map: {self.answer}>"
 
     def figure(self):
         """A heat map, models by cards (plotly)."""
@@ -66,7 +72,7 @@ def _needs(spec: ModelSpec, context: int, kv: tuple[str, str], ladder: tuple[str
     cache = cache_bytes(spec, context, kv, ubatch=ubatch)
     beside = cache.kv + cache.recurrent + compute_high(spec, context, ubatch)
     found = []
-    for quant in ladder:
+    for quant in quants_to_try(spec, ladder):
         try:
             found.append((quant, card_bytes(spec, quant) + beside))
         except LabError:

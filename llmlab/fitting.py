@@ -13,7 +13,7 @@ from .catalog import Gpu
 from .errors import LabError
 from .memory import CacheBytes, Term, Weights, cache_bytes, weights
 from .placing import card_needs, free_bytes, overhead_high, placed_terms, whole_terms
-from .settings import LADDERS, Settings, check, ladder
+from .settings import LADDERS, Settings, check, ladder, quants_to_try
 from .shapes import ModelSpec, model_spec
 from .speed import Speed, speed
 from .units import GIB, parse_bytes
@@ -102,14 +102,13 @@ class Report:
     def best_quant(self, quants: Sequence[str] | None = None) -> str | None:
         """The first quant of the engine's ladder, or of `quants`, with which this fits; None where none does.
 
-        Quants that cannot hold the model's widths are passed over, and so are those larger than a GGUF already is.
+        Quants that cannot hold the model's widths are passed over, and so are those larger than a GGUF already is or the
+        checkpoint was published in (MXFP4 for gpt-oss).
         Raises LabError for a name that is no quant.
         """
-        stored = self.spec.stored
         tried = LADDERS[self.settings.engine] if quants is None else ladder(quants)
-        if stored:
-            most = weights(self.spec, stored, False).padded
-            tried = (stored, *(q for q in tried if q != stored and _padded(self.spec, q) < most))
+        if self.settings.engine == "llama.cpp":
+            tried = quants_to_try(self.spec, tried)
         for quant in tried:
             try:
                 if self.with_(quant=quant).fits:
@@ -136,9 +135,14 @@ class Report:
 
     @cached_property
     def table(self) -> catalog.Table:
-        """The terms as rows."""
-        return catalog.Table([{"device": t.device, "term": t.name, "GiB": round(t.bytes / GIB, 3), "kind": t.kind,
-                               "why": t.why} for t in self.terms])
+        """The terms as rows, and a sum for each device; those of no bytes are left out."""
+        rows = []
+        for name, device in self.devices.items():
+            rows += [{"device": name, "term": t.name, "GiB": t.bytes / GIB, "range": _range(t.low, t.high),
+                      "kind": t.kind, "why": t.why} for t in self.terms if t.device == name and (t.bytes or t.high)]
+            rows.append({"device": name, "term": "in all", "GiB": device.used / GIB, "range": _range(device.low, device.high),
+                         "kind": "", "why": f"{device.title}, {_has(device)}"})
+        return catalog.Table(rows, {"GiB": "{:.2f}".format})
 
     def to_dict(self) -> dict:
         """What `llmlab fit --json` prints. A host capacity of 0 is RAM without a limit."""
@@ -166,11 +170,12 @@ class Report:
         return f"<fit: {self.answer}>"
 
 
-def _padded(spec: ModelSpec, quant: str) -> float:
-    try:
-        return weights(spec, quant, False).padded
-    except LabError:
-        return float("inf")
+def _range(low: int, high: int) -> str:
+    return "" if low == high else f"{low / GIB:.2f} to {high / GIB:.2f}"
+
+
+def _has(device: Device) -> str:
+    return f"which has {device.capacity / GIB:.2f} GiB" if device.capacity else "no limit given"
 
 
 def fit(spec, gpu=None, quant: str | None = None, context: int = 8192, kv: str | tuple[str, str] = "f16",
@@ -179,9 +184,12 @@ def fit(spec, gpu=None, quant: str | None = None, context: int = 8192, kv: str |
         swa_full: bool = False, unified: bool = False) -> Report:
     """Will it fit? `llmlab.fit`.
 
+    >>> llmlab.fit("llama-3-8b", "rtx-3060-12gb", quant="Q4_K_M", context=16384, kv="q8_0").answer
+
     spec: a ModelSpec or anything llmlab.model takes. gpu: a card, its name, a list of them, a Machine (its cards and its
     RAM), or None for the host alone. quant None: as stored in a GGUF, Q4_K_M for a config. host: RAM in bytes
     or words ("32 GiB"); None: this computer's where gpu is None or a Machine, otherwise unlimited, as llama.cpp treats it.
+    kv: a cache type, or a pair for K and V. n_cpu_moe: blocks whose experts stay in RAM. split: one share a card.
     context is what all sequences share. gpu_layers "auto" asks whether all of it fits the cards, and says how many
     layers go there where it does not. Raises LabError in one line for anything that cannot be.
     """

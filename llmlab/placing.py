@@ -90,7 +90,7 @@ def placed_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weight
         if gpu_layers or i == 0:
             terms.append(_compute(spec, s, w, device, i == output_at, output_at < 0))
         terms.append(_overhead(card, device))
-    terms += [exact("weights", "host", held[-1], "embedding, and the layers that stay in RAM (mapped from the file)"),
+    terms += [exact("weights", "host", held[-1], "the embedding, and whatever layers stay in RAM (mapped from the file)"),
               exact("kv_cache", "host", cache[-1], _cache_why(s, c))]
     if c.recurrent:
         terms.append(exact("recurrent", "host", state[-1], _STATE))
@@ -167,7 +167,7 @@ def _compute(spec: ModelSpec, s: Settings, w: Weights, device: str, with_output:
     least = 4 * tokens * 2 * spec.width
     copied = w.head if output_on_host else 0
     best = (full if with_output or output_on_host else max(least, full - 4 * tokens * spec.vocab)) + copied
-    why = "worst graph of one ubatch: logits and activations, closed form"
+    why = f"largest working buffer for {tokens} tokens at a time, closed form"
     if copied:
         why += "; and the output matrix, which large batches copy to the card"
     experts = w.largest_expert if s.n_cpu_moe else 0
@@ -177,9 +177,10 @@ def _compute(spec: ModelSpec, s: Settings, w: Weights, device: str, with_output:
 def _host_compute(spec: ModelSpec, s: Settings, beside_card: bool) -> Term:
     if beside_card:
         best = host_compute_bytes(spec, s.context, s.micro)
-        return modelled("compute", "host", best, best * 0.9, best * 1.1, "mask and input of one ubatch, pinned")
+        return modelled("compute", "host", best, best * 0.9, best * 1.1, "attention mask and input for one such batch")
     best = compute_bytes(spec, s.context, s.micro, s.flash_attention, s.sequences)
-    return modelled("compute", "host", best, best * 0.9, best * 1.15, "worst graph of one ubatch, closed form")
+    return modelled("compute", "host", best, best * 0.9, best * 1.15,
+                    f"largest working buffer for {min(s.context, s.micro)} tokens at a time, closed form")
 
 
 def _overhead(card: Gpu, device: str) -> Term:
@@ -191,4 +192,4 @@ def _overhead(card: Gpu, device: str) -> Term:
     kept_low, kept, kept_high = card.reserved
     display = DESKTOP_DISPLAY if card.kind in ("desktop", "laptop") and not card.unified else 0
     return modelled("overhead", device, best + kept, low + kept_low, high + kept_high + display,
-                    "driver context and kernels, memory the driver keeps; at most also a desktop's own use")
+                    "driver context and kernels, what the driver keeps; the high end with a desktop on the same card")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from .errors import LabError
 from .formats.mixes import MIXES, find_mix
-from .memory import ENGINES, cache_types, check_settings, checked_integer, default_quant
+from .memory import ENGINES, cache_types, check_settings, checked_integer, default_quant, weights
 from .shapes import ModelSpec
 
 
@@ -94,6 +94,22 @@ LADDERS = {
     "vllm": ("BF16", "FP8", "GPTQ_INT4", "AWQ_INT4"),
 }
 """From faithful to desperate, by engine: what best_quant() tries, in this order."""
+
+
+def quants_to_try(spec: ModelSpec, quants: tuple[str, ...]) -> tuple[str, ...]:
+    """The quants a model can sensibly have: all of them, or as a file is stored or was published, and what is smaller."""
+    first = spec.stored or spec.published
+    if first is None:
+        return quants
+    most = weights(spec, first, False).padded
+    return first, *(q for q in quants if q != first and _padded(spec, q) < most)
+
+
+def _padded(spec: ModelSpec, quant: str) -> float:
+    try:
+        return weights(spec, quant, False).padded
+    except LabError:
+        return math.inf
 
 
 def ladder(quants) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """ModelSpec: what a model is made of, from a config.json, a GGUF header, a hub id or the catalogue."""
 
+import re
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -77,6 +78,14 @@ class ModelSpec:
     @property
     def experts(self) -> int:
         return self.metadata.get("expert_count", 0) or 0
+
+    @property
+    def published(self) -> str | None:
+        """The quant a checkpoint was published in, where it was not 16 bits: MXFP4_MOE for gpt-oss."""
+        config = self.config or {}
+        method = config.get("quantization_config")
+        method = method.get("quant_method") if isinstance(method, Mapping) else config.get("quantization")
+        return "MXFP4_MOE" if str(method).lower().startswith("mxfp4") else None
 
     @cached_property
     def blocks(self) -> tuple[Layer, ...]:
@@ -292,8 +301,16 @@ def from_gguf(file: GGUFFile, source: str = "gguf") -> ModelSpec:
     if any(t.layer >= len(blocks) for t in ordered):
         raise BadFile(f"{where} has tensors of block {max(t.layer for t in ordered)}, but says it has {len(blocks)} blocks")
     name = file.metadata.get("general.name")
+    stored = _stored(file)
     return ModelSpec(name if isinstance(name, str) and name else Path(where).stem, architecture, kv, blocks, ordered, source,
-                     stored=_stored(file), path=where, file_bytes=file.file_bytes, header_bytes=file.header_bytes)
+                     stored=stored, path=where, file_bytes=file.file_bytes, header_bytes=file.header_bytes,
+                     full_name=_file_title(where, stored))
+
+
+def _file_title(where: str, stored: str) -> str:
+    """What people call a file: its name without shard number and quant (the name inside is often an export's log line)."""
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", Path(where).name.removesuffix(".gguf"))
+    return re.sub(rf"[-._]{re.escape(stored)}$", "", stem, flags=re.IGNORECASE) or stem
 
 
 _FILE_TYPES = {  # general.file_type, llama.h's llama_ftype

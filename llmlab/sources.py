@@ -49,14 +49,25 @@ def fetch(name: str, folder: str | os.PathLike | None = None, progress: bool = T
             return _fetch_hub(text, folder, progress)
         if here := find_local(text):
             return here.path
+        if _catalogued(text):
+            raise UnknownName(f"{text[:80]!r} is in the catalogue, which knows shapes and not where files are; name a "
+                              "repository on the hub, such as 'owner/repo:Q4_K_M'")
         known = [*PACKAGED, *(model.name for model in local_models())]
-        near = ", ".join(difflib.get_close_matches(text, known, 3, 0.4) or PACKAGED)
+        near = ", ".join(dict.fromkeys(difflib.get_close_matches(text, known, 3, 0.4) or PACKAGED))
         raise UnknownName(f"{text[:120]!r} is no model on this machine and no hub name such as 'owner/repo:Q4_K_M'; "
                           f"nearest: {near}")
     except OSError as error:
         reason = error.strerror or str(error)
         raise LabError(f"{text}: cannot be stored at {error.filename or folder or places.cache()} ({reason}); "
                        f"set LLMLAB_CACHE to a folder you can write to") from None
+
+
+def _catalogued(text: str) -> bool:
+    from .catalog import entry
+    try:
+        return bool(entry(text))
+    except UnknownName:
+        return False
 
 
 def _fetch_hub(text: str, folder, progress: bool) -> Path:

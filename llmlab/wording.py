@@ -1,7 +1,9 @@
-"""A report in one or two sentences."""
+"""A report in words: the answer, how far to trust it, what would fit instead, how fast."""
 
 from typing import TYPE_CHECKING
 
+from .errors import LabError
+from .settings import LADDERS
 from .units import format_bytes
 
 if TYPE_CHECKING:
@@ -26,9 +28,11 @@ def answer(r: "Report") -> str:
     if r.partial:
         whole = r.with_(gpu_layers=r.layers)
         need = [d for name, d in whole.devices.items() if name != "host"]
-        text = f"{what} does not fit {names}: it needs {_sum(need)}."
+        text = (f"{what} does not fit {names}: it needs {format_bytes(sum(d.used for d in need))}, and there are "
+                f"{format_bytes(sum(d.free for d in need))}.")
         if host.verdict == "does not fit":
-            return f"{text} With what does not go on the card{_s(r)} in RAM it does not fit either.{_beyond(r)}"
+            return (f"{text} With the rest in RAM it does not fit either: {format_bytes(host.used)} of "
+                    f"{format_bytes(host.free)} there.{_beyond(r)}")
         if not r.gpu_layers:
             return f"{text} Not one layer goes on the card{_s(r)}.{_beyond(r)}"
         goes = "layer goes" if r.gpu_layers == 1 else "layers go"
@@ -69,3 +73,78 @@ def _beyond(r: "Report") -> str:
     if trained and r.settings.context // r.settings.sequences > trained:
         return f" The model was trained for {trained:,} tokens; beyond that its answers decay."
     return ""
+
+
+def trust(r: "Report") -> str:
+    """How much of the memory is counted and how much is modelled, on the cards or, without any, in RAM."""
+    where = [d for name, d in r.devices.items() if (name != "host") == bool(r.cards)]
+    names = {d.name for d in where}
+    counted = sum(t.bytes for t in r.terms if t.device in names and t.kind == "exact")
+    low, high, used = (sum(getattr(d, what) for d in where) for what in ("low", "high", "used"))
+    place = "in RAM" if not r.cards else "on the card" if len(where) == 1 else f"on {len(where)} cards"
+    return (f"Memory {place}: {format_bytes(counted)} exact, {format_bytes(used - counted)} modelled; "
+            f"between {format_bytes(low)} and {format_bytes(high)} in all.")
+
+
+def speed(r: "Report") -> str:
+    """Modelled speed with its band; "" where a card's rates are not known."""
+    said = [f"{what} about {_rate(rates)}{where}" for what, rates, where in (
+        ("decode", r.speed.decode_tps, " with the context full"), ("prefill", r.speed.prefill_tps, "")) if rates]
+    return f"Speed, modelled: {', '.join(said)}." if said else ""
+
+
+def _rate(rates: tuple[float, float, float]) -> str:
+    """`"52 tokens/s (39 to 63)"`: the best guess and its band."""
+    low, best, high = (f"{r:,.0f}" if r >= 10 else f"{r:.1f}" for r in rates)
+    return f"{best} tokens/s ({low} to {high})"
+
+
+def hint(r: "Report") -> str:
+    """The nearest settings that would fit for certain, or what more there is room for."""
+    now = r.settings
+    # "auto" fits where all layers fit: asking for all of them spares the search for a split, at every step
+    whole = r.with_(gpu_layers=r.layers) if now.gpu_layers == "auto" and now.engine == "llama.cpp" else r
+    context, quant = whole.largest_context(), whole.best_quant()
+    all_trained = context and context >= r.spec.context_train * now.sequences // 256 * 256
+    if r.fits:
+        more = [f"{context:,} tokens of context{', all it was trained for' if all_trained else ''}"] if (
+            context > now.context) else []
+        more += [f"{quant} at this context"] if quant and _rank(r, quant) < _rank(r, now.quant) else []
+        return f"There is room for {' or for '.join(more)}." if more else ""
+    ways = []
+    if now.engine == "llama.cpp" and now.kv == ("f16", "f16") and _fits(whole, kv="q8_0"):
+        ways.append("with the KV cache in q8_0")
+    if blocks := _experts_in_ram(whole):
+        ways.append(f"with the experts of {blocks} blocks in RAM")
+    if context and context < now.context:
+        ways.append(f"with the {context:,} tokens of context it was trained for" if all_trained
+                    else f"with at most {context:,} tokens of context")
+    if quant and quant != now.quant:
+        ways.append(f"in {quant}{', which costs much quality' if quant.startswith(('IQ1', 'IQ2', 'Q2')) else ''}")
+    if ways:
+        return f"It would fit for certain {', '.join(ways[:-1])}{' or ' if len(ways) > 1 else ''}{ways[-1]}."
+    return "No quant and no context is small enough for this to fit whole."
+
+
+def _fits(r: "Report", **changes) -> bool:
+    try:
+        return r.with_(**changes).fits
+    except LabError:
+        return False
+
+
+def _experts_in_ram(r: "Report") -> int:
+    """The fewest blocks whose experts must stay in RAM for the rest to fit the cards; 0 where that is no way."""
+    count = len(r.spec.blocks)
+    if not (r.cards and r.spec.experts and r.settings.engine == "llama.cpp") or not _fits(r, n_cpu_moe=count):
+        return 0
+    low, high = r.settings.n_cpu_moe, count
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fits(r, n_cpu_moe=middle) else (middle + 1, high)
+    return high
+
+
+def _rank(r: "Report", quant: str) -> int:
+    ladder = LADDERS[r.settings.engine]
+    return ladder.index(quant) if quant in ladder else 0

@@ -40,6 +40,13 @@ def test_size_and_mix(capsys):
     assert "importance matrix" in out
 
 
+def test_thousands_of_tokens_may_be_written_k(capsys):
+    _, out, _ = run(capsys, "fit", "llama-3-8b", "--gpu", "rtx-3060-12gb", "--context", "32k", "--json")
+    assert json.loads(out)["devices"]["gpu0"]["kv_cache"] == 4 * 2**30
+    _, out, _ = run(capsys, "gpus", "3060")
+    assert "rtx-3060-12gb" in out and "rtx-4060" not in out
+
+
 def test_tables_and_doctor(capsys):
     for command in ("models", "gpus", "doctor"):
         status, out, _ = run(capsys, command)
@@ -56,7 +63,8 @@ def test_tables_and_doctor(capsys):
     (["fit", "llama-3-8b", "--gpu-layers=--5"], "gpu_layers"),
     (["fit", "llama-3-8b", "--gpu", "none", "--gpu", "none"], "none"),
     (["fit", "llama-3-8b", "--host", "0"], "host"), (["fit", "llama-3-8b", "--host", "9" * 400], "size"),
-    (["fit", "/dev/zero"], "regular file"), (["fit", "llama-3-8b", "--quant", "Q9"], "Q4_K_M")])
+    (["fit", "/dev/zero"], "regular file"), (["fit", "llama-3-8b", "--context", "lots"], "context"),
+    (["fetch", "llama-3-8b"], "catalogue"), (["fit", "llama-3-8b", "--quant", "Q9"], "Q4_K_M")])
 def test_bad_input_gets_one_line_and_status_2(capsys, argv, says):
     status, out, err = run(capsys, *argv)
     assert status == 2 and out == "" and err.startswith("llmlab: ") and says in err and err.count("\n") == 1

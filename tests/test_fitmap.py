@@ -23,7 +23,7 @@ def test_more_memory_never_fits_less():
     ladder = found.ladder
     by_card = {c.id: q for c, q in zip(found.cards, found.best[0], strict=True)}
     assert by_card["rtx-4090-24gb"] == "F16" and by_card["gtx-1060-6gb"] in ladder[4:]
-    assert "models" in found.answer and found.count() == sum(q is not None for q in found.best[0])
+    assert "1 model on 171 cards" in found.answer and found.count() == sum(q is not None for q in found.best[0])
 
 
 def test_bad_settings_are_refused():

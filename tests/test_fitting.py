@@ -1,6 +1,7 @@
 """Placement, verdicts, words and the inverse questions of fit()."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from llmlab.formats.mixes import MIXES
 from llmlab.memory import cache_bytes, output_bytes, weights
 from llmlab.shapes import from_config, model_spec
 from llmlab.units import GIB, MIB
+from llmlab.wording import hint
 
 
 def test_the_buffers_llama_cpp_prints_for_llama_3_8b():
@@ -247,6 +249,37 @@ def test_each_engine_has_its_own_ladder():
         fit("llama-3-8b", "rtx-3060-12gb").best_quant(["zz"])
     with pytest.raises(LabError, match="ladder"):
         fit("llama-3-8b", "rtx-3060-12gb").best_quant("Q4_K_M")
+
+
+def test_a_model_is_not_unpacked_to_seem_more_faithful():
+    """gpt-oss was published in MXFP4: no larger quant says more."""
+    report = fit("gpt-oss-20b", "rtx-4060-ti-16gb")
+    assert report.best_quant() == "MXFP4_MOE" and fit("gpt-oss-20b", "h100-sxm5-80gb").best_quant() == "MXFP4_MOE"
+
+
+def test_hints_are_true():
+    for name, card, context in (("llama-3-8b", "rtx-3060-12gb", 65536), ("qwen3-30b-a3b", "rtx-3060-12gb", 16384),
+                                ("llama-3-70b", "rtx-3090-24gb", 8192)):
+        report = fit(name, card, context=context)
+        said = hint(report)
+        whole = report.with_(gpu_layers=report.layers)
+        if "q8_0" in said:
+            assert whole.with_(kv="q8_0").fits
+        if blocks := re.search(r"experts of (\d+) blocks", said):
+            n = int(blocks[1])
+            assert whole.with_(n_cpu_moe=n).fits and not whole.with_(n_cpu_moe=n - 1).fits
+        assert "at most 8,192" not in said          # the context a model was trained for is no limit of memory
+    assert "it was trained for" in hint(fit("llama-3-8b", "rtx-3060-12gb", context=65536))
+    assert "experts" in hint(fit("qwen3-30b-a3b", "rtx-3060-12gb", context=16384))
+
+
+def test_the_table_adds_up():
+    report = fit("llama-3-70b", "rtx-4090-24gb")
+    rows = list(report.table)
+    for device in report.devices:
+        mine = [row for row in rows if row["device"] == device]
+        assert mine[-1]["term"] == "in all"
+        assert abs(sum(row["GiB"] for row in mine[:-1]) - mine[-1]["GiB"]) < 1e-6
 
 
 def test_what_is_short_is_named():

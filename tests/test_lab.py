@@ -8,9 +8,10 @@ import ipywidgets as w
 import pytest
 
 import llmlab
+from llmlab import wording
 from llmlab.errors import LabError
 from llmlab.fitting import Report
-from llmlab.lab import Chart, FitExplorer, FitState, LiveFigure, options, words
+from llmlab.lab import Chart, FitExplorer, FitState, LiveFigure, options
 from llmlab.lab.figures import fit_figure, fit_picture, map_figure
 from llmlab.lab.presets import PRESETS
 from llmlab.lab.state import SETTINGS, THIS_MACHINE
@@ -166,18 +167,25 @@ def test_a_file_is_looked_at_as_it_is_stored(state, tmp_path):
     assert state.report.settings.quant == "Q8_0"
 
 
+def test_every_cell_of_the_map_that_fits_is_coloured():
+    found = llmlab.fit_map(["gpt-oss-20b", "llama-3-8b"], ["gtx-1060-6gb", "rtx-4060-ti-16gb"])
+    assert "MXFP4_MOE" in found.best[1]
+    drawn = map_figure(found).data[0].z
+    assert [[z is not None for z in row] for row in drawn] == [[quant is not None for quant in row] for row in found.best]
+
+
 # ---- words --------------------------------------------------------------------------------------------------
 
 def test_the_hint_is_true():
     for model, card, quant in (("llama-3-8b", "rtx-3060-12gb", "Q4_K_M"), ("llama-2-13b", "rtx-4060-8gb", "Q3_K_S"),
                                ("llama-3-70b", "rtx-3090-24gb", "Q4_K_M")):
         report = llmlab.fit(model, card, quant=quant)
-        said = words.hint(report)
+        said = wording.hint(report)
         for context in [int(n.replace(",", "")) for n in said.split() if n.replace(",", "").isdigit()]:
             assert report.with_(context=context).fits and not report.with_(context=context + 256).fits
         for name in report_quants(said):
             assert report.with_(quant=name).fits
-    assert "No quant" in words.hint(llmlab.fit("deepseek-v3", "rtx-3060-12gb"))
+    assert "No quant" in wording.hint(llmlab.fit("deepseek-v3", "rtx-3060-12gb"))
 
 
 def report_quants(said: str) -> list[str]:
@@ -186,13 +194,13 @@ def report_quants(said: str) -> list[str]:
 
 def test_what_is_exact_and_what_is_modelled_add_up():
     report = llmlab.fit("llama-3-8b", "rtx-3060-12gb")
-    said, device = words.trust(report), report.devices["gpu0"]
+    said, device = wording.trust(report), report.devices["gpu0"]
     exact, modelled, low, high = (parse_bytes(size) for size in re.findall(r"[\d.]+ [GM]iB", said))
     on_card = [t for t in report.terms if t.device == "gpu0"]
     assert exact == pytest.approx(sum(t.bytes for t in on_card if t.kind == "exact"), abs=0.01 * GIB)
     assert [exact + modelled, low, high] == pytest.approx([device.used, device.low, device.high], abs=0.02 * GIB)
     low, best, high = report.speed.decode_tps
-    assert words.speed(report).startswith(f"Speed, modelled: decode about {best:.0f} tokens/s ({low:.0f} to {high:.0f})")
+    assert wording.speed(report).startswith(f"Speed, modelled: decode about {best:.0f} tokens/s ({low:.0f} to {high:.0f})")
 
 
 # ---- the view -----------------------------------------------------------------------------------------------
@@ -353,7 +361,7 @@ def test_the_three_layers_are_not_mixed():
     def used(name):
         return {n for node in ast.walk(ast.parse((LAB / name).read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
                 for n in [getattr(node, "module", None) or "", *(a.name for a in node.names)]}
-    for pure in ("figures.py", "words.py", "options.py", "style.py"):
+    for pure in ("figures.py", "options.py", "style.py"):
         assert not used(pure) & {"ipywidgets", "traitlets", "anywidget"}, pure
     assert not used("state.py") & {"ipywidgets", "plotly", "anywidget"}
     assert not used("fit_panel.py") & {"fit", "fitting", "memory", "units", "plotly"}

@@ -101,10 +101,14 @@ def _plain(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
+_AS_WIDE_AS = {"MXFP4_MOE": "IQ4_XS"}      # not on the ladder, but the best of models published so: 4.25 bits as well
+
+
 def map_figure(found: FitMap) -> go.Figure:
     """A heat map, models by cards: the most faithful quant with which all of it fits; empty where none does."""
     steps = len(found.ladder)
     rank = {quant: steps - at for at, quant in enumerate(found.ladder)}      # the last of the ladder is 1
+    shade = rank | {quant: rank[like] for quant, like in _AS_WIDE_AS.items() if like in rank}
     models = [_plain(f"{m.title} · {format_count(m.params)}") for m in found.models]
     cards = [_plain(f"{c.name}, {format_bytes(c.memory, 0)}") for c in found.cards]
     groups: dict[int, list[int]] = {}
@@ -116,7 +120,7 @@ def map_figure(found: FitMap) -> go.Figure:
     return go.Figure({
         "data": [{
             "type": "heatmap", "x": list(range(len(cards))), "y": list(range(len(models))),
-            "z": [[rank.get(quant) for quant in row] for row in found.best],
+            "z": [[shade.get(quant) for quant in row] for row in found.best],
             "text": [[f"{model}<br>{card}<br><b>{quant or 'no quant fits'}</b>" for card, quant in zip(cards, row, strict=True)]
                      for model, row in zip(models, found.best, strict=True)],
             "hovertemplate": "%{text}<extra></extra>", "hoverongaps": False, "ygap": 1,

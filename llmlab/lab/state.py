@@ -2,11 +2,10 @@
 
 import traitlets as t
 
-from .. import catalog, hardware
+from .. import catalog, hardware, wording
 from ..errors import LabError
 from ..fitting import Report, fit
 from ..shapes import ModelSpec, model_spec
-from . import words
 
 SETTINGS = ("model", "quant", "context", "kv", "card", "cards", "gpu_layers", "n_cpu_moe", "sequences")
 THIS_MACHINE = "this machine"
@@ -81,8 +80,8 @@ class FitState(t.HasTraits):
                 asked["quant"] = None        # a file is looked at as it is, until another quant is asked for
                 self._asked = asked
             report = self._fit(spec, **{name: asked[name] for name in SETTINGS if name != "model"})
-            said = {"answer": report.answer, "speed": words.speed(report), "hint": words.hint(report),
-                    "trust": words.trust(report)}
+            said = {"answer": report.answer, "speed": wording.speed(report), "hint": wording.hint(report),
+                    "trust": wording.trust(report)}
         except LabError as error:
             self.set_trait("error", str(error))
             return
