@@ -316,7 +316,8 @@ def _speed(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, ter
     all_held = sum(v for k, v in held.items() if k != "host") + host_held or 1
     active = {k: w.active * (host_held if k == "host" else v) // all_held for k, v in held.items()}
     on_cards = tuple(active.get(f"gpu{i}", 0) + cached.get(f"gpu{i}", 0) for i in range(len(cards)))
-    return speed(cards, on_cards, active.get("host", 0) + cached.get("host", 0), spec.params_active, host_held / all_held)
+    return speed(cards, on_cards, active.get("host", 0) + cached.get("host", 0), spec.params_active, host_held / all_held,
+                 host_held, s.micro)
 
 
 __all__ = ["Device", "QUANT_LADDER", "Report", "fit"]

@@ -236,6 +236,14 @@ def test_prefill_is_never_slower_than_decode():
             assert rates.prefill_tps[1] > rates.decode_tps[1], row["id"]
 
 
+def test_a_prompt_is_multiplied_on_the_card_though_its_weights_lie_in_ram():
+    """19 GiB over PCIe 4.0 for every 512 tokens take about a second: hundreds of tokens a second, not a handful."""
+    low, best, high = fit("llama-3-70b", "rtx-3090-24gb").speed.prefill_tps
+    assert 50 < low < best < high < 700
+    alone = fit("llama-3-70b", None, host="64 GiB").speed.prefill_tps
+    assert alone[1] < 10
+
+
 def test_more_sequences_share_a_longer_context():
     report = fit("llama-3-8b", "h100-sxm5-80gb", sequences=32)
     assert report.largest_context() > 8192 * 4 and report.largest_context() <= 8192 * 32
