@@ -21,7 +21,6 @@ class Mix:
     name: str
     default: str
     engine: str                     # "llama.cpp", "transformers" or "vllm"
-    needs_importance: bool = False  # llama-quantize refuses it without an importance matrix
     note: str = ""
 
 
@@ -33,11 +32,11 @@ MIXES: dict[str, Mix] = {m.name: m for m in (
     Mix("Q4_1", "Q4_1", "llama.cpp"), Mix("Q4_0", "Q4_0", "llama.cpp"), Mix("IQ4_NL", "IQ4_NL", "llama.cpp"),
     Mix("IQ4_XS", "IQ4_XS", "llama.cpp"), Mix("Q3_K_L", "Q3_K", "llama.cpp"), Mix("Q3_K_M", "Q3_K", "llama.cpp"),
     Mix("IQ3_M", "IQ3_S", "llama.cpp"), Mix("IQ3_S", "IQ3_S", "llama.cpp"), Mix("Q3_K_S", "Q3_K", "llama.cpp"),
-    Mix("IQ3_XS", "IQ3_S", "llama.cpp", True), Mix("IQ3_XXS", "IQ3_XXS", "llama.cpp", True),
-    Mix("Q2_K", "Q2_K", "llama.cpp"), Mix("Q2_K_S", "Q2_K", "llama.cpp", True), Mix("IQ2_M", "IQ2_S", "llama.cpp", True),
-    Mix("IQ2_S", "IQ2_XS", "llama.cpp", True), Mix("IQ2_XS", "IQ2_XS", "llama.cpp", True),
-    Mix("IQ2_XXS", "IQ2_XXS", "llama.cpp", True), Mix("IQ1_M", "IQ1_M", "llama.cpp", True),
-    Mix("IQ1_S", "IQ1_S", "llama.cpp", True), Mix("TQ2_0", "TQ2_0", "llama.cpp"), Mix("TQ1_0", "TQ1_0", "llama.cpp"),
+    Mix("IQ3_XS", "IQ3_S", "llama.cpp"), Mix("IQ3_XXS", "IQ3_XXS", "llama.cpp"),
+    Mix("Q2_K", "Q2_K", "llama.cpp"), Mix("Q2_K_S", "Q2_K", "llama.cpp"), Mix("IQ2_M", "IQ2_S", "llama.cpp"),
+    Mix("IQ2_S", "IQ2_XS", "llama.cpp"), Mix("IQ2_XS", "IQ2_XS", "llama.cpp"),
+    Mix("IQ2_XXS", "IQ2_XXS", "llama.cpp"), Mix("IQ1_M", "IQ1_M", "llama.cpp"),
+    Mix("IQ1_S", "IQ1_S", "llama.cpp"), Mix("TQ2_0", "TQ2_0", "llama.cpp"), Mix("TQ1_0", "TQ1_0", "llama.cpp"),
     Mix("Q2_0", "Q2_0", "llama.cpp"), Mix("Q1_0", "Q1_0", "llama.cpp"),
     Mix("MXFP4_MOE", "MXFP4", "llama.cpp", note="experts in MXFP4, the rest Q8_0"),
     Mix("FP8", "I8", "vllm", note="linear layers one byte a weight, one float32 scale a row"),
