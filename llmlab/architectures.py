@@ -116,10 +116,11 @@ def _per_layer(value, layers: int, name: str) -> tuple[int, ...]:
 
 def whole_number(name: str, value, low: int = 0, high: int = 2**31) -> int:
     """An integer in range, or BadConfig naming the field."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or int(value) != value:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
+            isinstance(value, int) or value.is_integer()):       # is_integer: false for nan and infinities
         raise BadConfig(f"{name} is {value!r:.60}, expected a whole number")
     if not low <= value <= high:
-        raise BadConfig(f"{name} is {value}, expected {low} to {high}")
+        raise BadConfig(f"{name} is {value!r:.60}, expected {low} to {high}")
     return int(value)
 
 

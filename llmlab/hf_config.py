@@ -88,12 +88,7 @@ class Config:
         value = self.raw(*names, default=default)
         if value is None:
             raise BadConfig(f"{self.where} has no {names[0]} ({self.model_type})")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value in (
-                float("inf"), float("-inf")) or int(value) != value:
-            raise BadConfig(f"{self.where}: {names[0]} is {value!r:.60}, expected a whole number")
-        if not low <= value <= high:
-            raise BadConfig(f"{self.where}: {names[0]} is {value:.6g}, expected {low} to {high}")
-        return int(value)
+        return whole_number(f"{self.where}: {names[0]}", value, low, high)
 
     def flag(self, *names: str, default: bool = False) -> bool:
         return bool(self.raw(*names, default=default))

@@ -132,14 +132,13 @@ def _engine_type(spec: ModelSpec, mix: Mix, tensor: Tensor) -> str:
     return mix.name
 
 
-_NOT_LINEAR = ("token_embd.", "output.", "position_embd.", "per_layer_token_embd.", "ffn_gate_inp.", "ssm_conv1d",
-               "shortconv.conv.", "_norm.", "nextn.embed_tokens.", "nextn.shared_head_head.", "altup", "rope_")
+_NOT_LINEAR = (".token_embd.", ".output.", ".position_embd.", ".per_layer_token_embd.", ".ffn_gate_inp.", ".ssm_conv1d.",
+               ".shortconv.conv.", "_norm.", ".nextn.embed_tokens.", ".nextn.shared_head_head.", ".altup_", ".rope_")
 
 
 def _is_linear(tensor: Tensor) -> bool:
-    return (len(tensor.shape) >= 2 and tensor.name.endswith(".weight")
-            and not any(tensor.name.startswith(part) or f".{part}" in tensor.name or part in tensor.name.split(".")[-2]
-                        for part in _NOT_LINEAR))
+    name = tensor.bare if tensor.layer >= 0 else f".{tensor.bare}"
+    return len(tensor.shape) >= 2 and name.endswith(".weight") and not any(part in name for part in _NOT_LINEAR)
 
 
 def tensor_bytes(type: str, shape: tuple[int, ...]) -> int:
@@ -192,7 +191,7 @@ def weights(spec: ModelSpec, quant: str, importance: bool = False) -> Weights:
                 block = spec.layers[layer]
                 experts[layer] += padded
                 largest = max(largest, padded)
-                active += 0 if block.mtp else size * block.experts_used // block.experts
+                active += size * block.experts_used // block.experts
             elif part != "mtp":
                 active += size
         elif part == "output":                   # output matrix, last norm, and rope tables of a few hundred bytes
@@ -213,9 +212,13 @@ def weights(spec: ModelSpec, quant: str, importance: bool = False) -> Weights:
                    head or table, largest, tuple(padding), active)
 
 
+_INPUT = ("token_embd.", "per_layer_token_embd.", "position_embd.")     # what llama.cpp calls the input layer
+
+
 @remembered
 def _parts(spec: ModelSpec) -> tuple[tuple[int, str], ...]:
-    """(block or -1, part) of each tensor: "experts", "mtp", "block"; outside blocks "table", "input", "output".
+    """(block or -1, part) of each tensor: "mtp" (all of such a block), "experts", "block"; outside blocks "table",
+    "input", "output".
     Gemma's projection of per-layer embeddings lives with block 0 (llama-arch.cpp calls it a repeating tensor)."""
     found = []
     for tensor in spec.tensors:
@@ -223,9 +226,9 @@ def _parts(spec: ModelSpec) -> tuple[tuple[int, str], ...]:
         if name.startswith(("per_layer_model_proj.", "per_layer_proj_norm.")):
             layer, part = 0, "block"
         elif layer >= 0:
-            part = "experts" if "_exps." in name else "mtp" if spec.layers[layer].mtp else "block"
+            part = "mtp" if spec.layers[layer].mtp else "experts" if "_exps." in name else "block"
         else:
-            part = "table" if name == "token_embd.weight" else "input" if _is_input(name) else "output"
+            part = "table" if name == "token_embd.weight" else "input" if name.startswith(_INPUT) else "output"
         found.append((layer, part))
     return tuple(found)
 
@@ -242,9 +245,9 @@ def _card_padding(type: str, shape: tuple[int, ...]) -> int:
 def _groups(spec: ModelSpec) -> tuple[tuple[Role, tuple[int, ...], int], ...]:
     """(role, shape, how many) of what a card holds when it holds the whole model: all but the input table."""
     counted: dict[tuple, int] = {}
-    for tensor, role in zip(spec.tensors, _roles(spec), strict=True):
-        on_card = not _is_input(tensor.name) or (tensor.name == "token_embd.weight" and spec.tied)
-        if on_card and not spec.is_mtp(tensor):
+    left_out = ("mtp", "input") if spec.tied else ("mtp", "input", "table")
+    for tensor, role, (_, part) in zip(spec.tensors, _roles(spec), _parts(spec), strict=True):
+        if part not in left_out:
             key = role, tensor.shape
             counted[key] = counted.get(key, 0) + 1
     return tuple((*key, n) for key, n in counted.items())
@@ -271,10 +274,6 @@ def loaded_bytes(spec: ModelSpec, quant: str) -> int:
     w = weights(spec, quant)
     return sum(size for tensor, size in zip(spec.tensors, w.bytes, strict=True)
                if not tensor.name.startswith("rope_") and not spec.is_mtp(tensor))
-
-
-def _is_input(name: str) -> bool:
-    return name.startswith(("token_embd.", "per_layer_token_embd.", "position_embd."))
 
 
 def size_of(spec: ModelSpec | str, quant: str | None = None, importance: bool = False) -> Size:
@@ -372,11 +371,12 @@ def cache_bytes(spec: ModelSpec, context: int, kv: str | tuple[str, str] = "f16"
     """
     check_settings(context, sequences, ubatch=ubatch)
     types = cache_types(kv)
-    return _cache_bytes(spec, context, types, _engine(engine), sequences, ubatch, bool(flash_attention), bool(swa_full),
+    return _cache_bytes(spec, context, types, known_engine(engine), sequences, ubatch, bool(flash_attention), bool(swa_full),
                         bool(unified))
 
 
-def _engine(name: str) -> str:
+def known_engine(name: str) -> str:
+    """The name of an engine, or UnknownName."""
     if name not in ENGINES:
         raise UnknownName(f"{str(name)[:40]!r} is no engine; there are {', '.join(ENGINES)}")
     return name

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from .errors import LabError
 from .formats.mixes import MIXES, find_mix
-from .memory import ENGINES, cache_types, check_settings, checked_integer, default_quant, weights
+from .memory import cache_types, check_settings, checked_integer, default_quant, known_engine, weights
 from .shapes import ModelSpec
 
 
@@ -41,9 +41,7 @@ def check(spec: ModelSpec, given: Mapping) -> Settings:
     if unknown:
         raise LabError(f"{sorted(unknown)[0]!r} is no setting; there are {', '.join(f.name for f in fields(Settings))}")
     check_settings(given["context"], given["sequences"], given["batch"], given["ubatch"])
-    engine, count = given["engine"], len(spec.layers) + 1
-    if engine not in ENGINES:
-        raise LabError(f"{str(engine)[:40]!r} is no engine; there are {', '.join(ENGINES)}")
+    engine, count = known_engine(given["engine"]), len(spec.layers) + 1
     quant = default_quant(spec, given["quant"])
     if quant != spec.stored:
         quant = find_mix(quant).name

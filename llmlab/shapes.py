@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from .architectures import Layer, Tensor, Traits, layers, tensors
-from .catalog import entries, entry, nearest
+from .catalog import entries, entry, unknown
 from .errors import BadConfig, BadFile, LabError, UnknownName
 from .gguf import GGUFFile, read_gguf
 from .hf_config import Config, translate
@@ -195,11 +195,7 @@ def _from_path_or_hub(text: str, mtp: bool | None) -> ModelSpec:
         return _from_hub(text, mtp)
     if text.endswith((".gguf", ".json")) or "\\" in text or text.startswith((".", "/", "~")):
         raise BadFile(f"{text!r:.200} is not there; check the path")
-    try:
-        entry(text)
-    except UnknownName as error:
-        raise UnknownName(str(error)) from None
-    raise UnknownName(f"{text!r:.80} is not known; did you mean {', '.join(nearest(text, entries()))}?")
+    raise unknown("model", text, entries(), "llmlab.models()")
 
 
 def _from_path(path: Path, mtp: bool | None) -> ModelSpec:

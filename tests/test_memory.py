@@ -124,6 +124,14 @@ def test_bitsandbytes_leaves_embedding_and_head():
     assert sum(weights(spec, "NF4").bytes) == linear // 2 + linear // 64 * 4 + 2 * (spec.params - linear)
 
 
+def test_norms_are_no_linear_layers_of_whatever_shape():
+    """Mamba-2's norm is a matrix in a GGUF, a vector in a checkpoint; nobody quantizes it."""
+    for name in entries():
+        found = mix_of(model_spec(name), "NF4")
+        assert not [n for n, type in found.items() if "_norm." in n and type == "NF4"]
+    assert len(model_spec("nemotron-nano-9b-v2").by_name["blk.0.ssm_norm.weight"].shape) == 2
+
+
 def test_a_checkpoint_as_other_engines_hold_it():
     spec = model_spec("llama-3.1-8b")
     assert loaded_bytes(spec, "BF16") == 2 * spec.params == 2 * 8030261248        # no rope table, vectors in 16 bits
