@@ -6,7 +6,9 @@ import zlib
 import gguf
 import numpy as np
 
+from llmlab.formats import FORMATS
 from llmlab.gguf import write_gguf
+from llmlab.memory import tensor_bytes
 from llmlab.shapes import ModelSpec, Tensor
 from llmlab.units import align
 
@@ -43,8 +45,9 @@ def write_tiny(spec: ModelSpec, path, dtype: str = "F16") -> None:
                                 for t, type in zip(spec.tensors, types, strict=True)])
 
 
-def write_hollow(spec: ModelSpec, path) -> None:
-    """Write a header of `spec` in F16 and, for the tensors, a hole: a file of full size that takes no room on the disk.
+def write_hollow(spec: ModelSpec, path, types: tuple[str, ...] = ()) -> None:
+    """Write a header of `spec` in F16, or in a type for each tensor, and for the tensors a hole: a file of full size that
+    takes no room on the disk.
 
     llama.cpp reads no weights in a dry run. By gguf-py, for our own writer writes every byte.
     """
@@ -63,10 +66,11 @@ def write_hollow(spec: ModelSpec, path) -> None:
         else:
             writer.add_string(key, value)
     hole = 0
-    for t in spec.tensors:
-        type = gguf.GGMLQuantizationType[t.type or "F16"]
-        size = t.elements * (4 if t.type == "F32" else 2)
-        writer.add_tensor_info(t.name, t.shape[::-1], np.dtype(np.float16), size, raw_dtype=type)
+    for t, name in zip(spec.tensors, types or [t.type or "F16" for t in spec.tensors], strict=True):
+        type, size = gguf.GGMLQuantizationType[name], tensor_bytes(name, t.shape)
+        shape = t.shape if name in ("F32", "F16") else (FORMATS[name].bytes(t.shape[0]), *t.shape[1:])
+        kind = np.dtype(np.float16 if shape == t.shape else np.uint8)
+        writer.add_tensor_info(t.name, shape[::-1], kind, size, raw_dtype=type)
         hole += align(size, 32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
