@@ -240,6 +240,8 @@ def _sliding(architecture: str, kv: dict, count: int, trunk: int) -> tuple[tuple
     if architecture == "llama4" and window != 0:
         window = 8192                # whatever the file says
     window = whole_number("attention.sliding_window", window or 0)
+    if architecture == "exaone4" and trunk != 64:
+        return none, 0, "sliding"   # llama.cpp gives windows to the model of 64 blocks alone
     if architecture not in _SWA_PERIOD and architecture not in ("lfm2", "lfm2moe"):
         return none, 0, "sliding"   # llama.cpp reads no window there (phi3, mistral's llama, qwen2)
     if not window:

@@ -57,6 +57,21 @@ class Overhead:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """How far Llama 3 8B's answers drift: perplexity (None where not published) and mean KL divergence, wikitext-2 test.
+
+    `what` is a quant, or the cache types "q8_0/q4_0" of K and V. Figures compare within one table only.
+    """
+
+    what: str
+    importance: bool  # quantized with an importance matrix
+    perplexity: float | None
+    mean_kld: float
+    source: str
+    note: str
+
+
+@dataclass(frozen=True)
 class Gpu:
     """A card (or a chip with shared memory). Bytes, bytes per second, operations per second, watts, dollars."""
 
@@ -359,7 +374,7 @@ def _reserved_unified(card: Gpu, about: list[Overhead]) -> tuple[int, int, int]:
     if card.vendor == "Apple" and card.memory <= 36 * GIB:
         best = high
     for row in about:
-        if row.category in ("visible-total", "unified-memory-limit") and row.unit == "bytes":
+        if row.category in ("visible-total", "unified-memory-limit") and row.unit == "bytes" and row.value < card.memory:
             best = card.memory - int(row.value)
     return min(low, best), best, max(high, best)
 
@@ -388,6 +403,27 @@ def _overhead(row: dict) -> Overhead:
         **{name: row[name] for name in ("id", "category", "name", "scope", "basis", "conditions", "source", "note")},
         value=value, low=min(low, value), high=max(high, value), unit="bytes" if scale else row["unit"],
         cards=tuple(filter(None, row["cards"].split("|"))))
+
+
+# -- published quality ----------------------------------------------------------------------------------------------
+
+
+@cache
+def quality() -> dict[tuple[str, bool], Quality]:
+    """Llama 3 8B by (quant, importance matrix or not): {("Q4_K_M", False): Quality}."""
+    rows = (_quality(row["quant"].upper(), row["imatrix"] != "None", row) for row in _rows("quality_llama3_8b.csv"))
+    return {(row.what, row.importance): row for row in rows}
+
+
+@cache
+def kv_quality() -> dict[tuple[str, str], Quality]:
+    """Llama 3 8B in f16 by (K type, V type): {("q8_0", "q8_0"): Quality}."""
+    return {(row["k"], row["v"]): _quality(f"{row['k']}/{row['v']}", False, row)
+            for row in _rows("kv_quality_llama3_8b.csv")}
+
+
+def _quality(what: str, importance: bool, row: dict) -> Quality:
+    return Quality(what, importance, _number(row["perplexity"]), float(row["mean_kld"]), row["source"], row["note"])
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The same functions from a shell: llmlab fit, size, mix, doctor, fetch, models, gpus, lab.
+"""The same functions from a shell: llmlab fit, fits, size, mix, doctor, fetch, models, gpus, lab.
 
 Imports wait until a command needs them, so that an answer takes a fraction of a second; nothing here imports torch.
 """
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llmlab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_fit(commands)
+    _add_fits(commands)
     for name, run, says in (("size", _size, "exact bytes of a model in a quant"),
                             ("mix", _mix, "the format each tensor gets in a quant")):
         one = commands.add_parser(name, help=says)
@@ -51,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("quant", metavar="QUANT", nargs="?", help="such as Q4_K_M; as stored in a GGUF, else Q4_K_M")
         one.add_argument("--importance", action="store_true", help="quantized with an importance matrix")
         _finish(one, run)
-    _finish(commands.add_parser("doctor", help="what this computer is, what is free, what is missing"), _doctor)
+    one = commands.add_parser("doctor", help="what this computer is, what is free, what is missing")
+    one.add_argument("--calibrate", action="store_true", help="measure RAM, multiplication, cards, disk first: 25 seconds")
+    _finish(one, _doctor)
     one = commands.add_parser("fetch", help="get a model: smollm2-135m, or a name on the hub")
     one.add_argument("name", metavar="NAME", help="smollm2-135m, owner/repo, owner/repo:Q4_K_M or owner/repo/file.gguf")
     one.add_argument("--folder", help="where to put it (default: llmlab's cache)")
@@ -75,8 +78,10 @@ def _add_fit(commands) -> None:
     one.add_argument("--context", type=_tokens, default=8192, help="tokens that all sequences share: 8192 (default), 32k")
     one.add_argument("--kv", default="f16", help="cache type, or K,V: q8_0 or q8_0,q4_0 (default f16)")
     one.add_argument("--engine", default="llama.cpp", help="llama.cpp (default), transformers or vllm")
-    one.add_argument("--gpu-layers", default="auto", help="'auto', or how many (blocks, and the output as one more)")
-    one.add_argument("--n-cpu-moe", type=int, default=0, help="blocks whose experts stay on the host")
+    one.add_argument("--gpu-layers", type=_whole, default="auto",
+                     help="'auto', or how many (blocks, and the output as one more)")
+    one.add_argument("--n-cpu-moe", type=_whole, default=0, help="blocks whose experts stay in RAM, or 'auto': as few as "
+                     "let the rest fit")
     one.add_argument("--split", help="shares of several cards: 3,1")
     one.add_argument("--host", help="RAM, like '32 GiB' (default: this computer's with --gpu none, else unlimited)")
     one.add_argument("--sequences", type=int, default=1, help="requests at once; they share the context")
@@ -86,7 +91,29 @@ def _add_fit(commands) -> None:
     one.add_argument("--importance", action="store_true", help="quantized with an importance matrix")
     one.add_argument("--swa-full", action="store_true", help="llama.cpp's full-size sliding-window cache")
     one.add_argument("--unified", action="store_true", help="one cache for all sequences")
+    one.add_argument("--display", metavar="SYSTEM", help="what desktop shows on the card: none, linux or windows")
+    one.add_argument("--utilization", metavar="SHARE", help="the share of a card that vLLM reserves (0.92)")
+    one.add_argument("--projector", metavar="FILE", help="the model's mmproj GGUF, or its size: '850 MiB'")
+    one.add_argument("--draft", metavar="MODEL", help="a small model of the same family that drafts for this one")
+    one.add_argument("--draft-quant", metavar="QUANT", help="its quant (default: as stored in a GGUF, else Q4_K_M)")
+    one.add_argument("--mtp", action="store_true", help="draft with the model's own multi-token-prediction blocks")
+    one.add_argument("--levers", action="store_true", help="also what one more step of each lever buys and costs")
+    one.add_argument("--command", dest="export", metavar="ENGINE", help="only the command that gives exactly this in ENGINE: "
+                     "llama.cpp, llama-cli, llama-cpp-python, ollama, lmstudio, vllm, transformers")
     _finish(one, _fit)
+
+
+def _add_fits(commands) -> None:
+    one = commands.add_parser("fits", help="what fits a card: the best quant of every model of the catalogue")
+    one.add_argument("cards", metavar="CARD", nargs="*", help="one card or several, each for itself; default: this computer's")
+    one.add_argument("--context", type=_tokens, default=8192, help="tokens: 8192 (default), 32k")
+    one.add_argument("--kv", default="f16", help="cache type, or K,V: q8_0 or q8_0,q4_0 (default f16)")
+    _finish(one, _fits)
+
+
+def _whole(text: str) -> int | str:
+    """A number, or the word itself for the check that says what is allowed."""
+    return int(text) if text.removeprefix("-").isdecimal() and len(text) < 20 else text
 
 
 def _tokens(text: str) -> int | str:
@@ -107,22 +134,45 @@ def _print_json(value) -> None:
 def _fit(a: argparse.Namespace, rest: list[str]) -> None:
     from . import wording
     from .fitting import fit
-    kv = tuple(a.kv.split(",")) if "," in a.kv else a.kv
-    try:
-        layers = int(a.gpu_layers) if len(a.gpu_layers) < 20 else a.gpu_layers
-    except ValueError:
-        layers = a.gpu_layers
-    report = fit(a.model, _asked_cards(a.gpu), quant=a.quant, context=a.context, kv=kv, engine=a.engine, gpu_layers=layers,
-                 n_cpu_moe=a.n_cpu_moe, split=a.split, host=a.host, sequences=a.sequences,
+    report = fit(a.model, _asked_cards(a.gpu), quant=a.quant, context=a.context, kv=_kv(a.kv), engine=a.engine,
+                 gpu_layers=a.gpu_layers, n_cpu_moe=a.n_cpu_moe, split=a.split, host=a.host, sequences=a.sequences,
                  batch=a.batch, ubatch=a.ubatch, flash_attention=not a.no_flash_attention, importance=a.importance,
-                 swa_full=a.swa_full, unified=a.unified)
+                 swa_full=a.swa_full, unified=a.unified, display=False if a.display == "none" else a.display,
+                 utilization=a.utilization, projector=a.projector, draft=a.draft, draft_quant=a.draft_quant, mtp=a.mtp)
+    if a.export:
+        command = report.command(a.export)
+        if a.json:
+            _print_json({"engine": command.engine, "text": command.text, "notes": list(command.notes)})
+        else:
+            print(command, end="")
+        return
     if a.json:
-        _print_json(report.to_dict())
+        _print_json(report.to_dict() | ({"levers": list(report.levers().table)} if a.levers else {}))
         return
     for line in (report.answer, wording.hint(report), wording.trust(report), wording.speed(report)):
         if line:
             print(line)
     print(report.table)
+    if a.levers:
+        print(f"\n{report.levers()}")
+
+
+def _kv(text: str) -> str | tuple[str, ...]:
+    return tuple(text.split(",")) if "," in text else text
+
+
+def _fits(a: argparse.Namespace, rest: list[str]) -> None:
+    from .fitmap import fit_map
+    cards = a.cards
+    if not cards:
+        from .hardware import machine
+        cards = machine().cards
+        if not cards:
+            raise LabError("no card found in this computer; name one, like llmlab fits rtx-3060-12gb")
+    found = fit_map(cards=cards, context=a.context, kv=_kv(a.kv))
+    if not a.json:
+        print(found.answer)
+    _show(found.table, a.json)
 
 
 def _asked_cards(names: list[str] | None):
@@ -163,7 +213,9 @@ def _mix(a: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _doctor(a: argparse.Namespace, rest: list[str]) -> None:
-    from .hardware import doctor
+    from .hardware import doctor, machine
+    if a.calibrate:
+        machine().calibrate(progress=False if a.json else None)
     report = doctor()
     if a.json:
         _print_json(report.to_dict())

@@ -7,11 +7,13 @@ from . import catalog
 from .catalog import Gpu
 from .errors import LabError
 from .fitting import QUANT_LADDER
+from .graphs import Request, compute_high
 from .memory import cache_bytes, cache_types, card_bytes, check_settings
-from .placing import compute_high, overhead_high
+from .overhead import overhead_term
 from .settings import ladder as checked_ladder
 from .settings import quants_to_try
 from .shapes import ModelSpec, model_spec
+from .units import format_count
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,6 +40,17 @@ class FitMap:
         return (f"{self.count():,} of {pairs:,} pairs fit whole with {self.context:,} tokens of context: "
                 f"{many(len(self.models), 'model')} on {many(len(self.cards), 'card')}.")
 
+    @property
+    def table(self) -> catalog.Table:
+        """A row a model, smallest first, and a column a card: the quant, empty where none fits."""
+        names = [card.id for card in self.cards]
+        return catalog.Table(({"model": spec.name, "params": spec.params, **dict(zip(names, row, strict=True))}
+                              for spec, row in zip(self.models, self.best, strict=True)), {"params": format_count})
+
+    def to_frame(self):
+        """The table as a pandas DataFrame. Raises LabError where pandas is not installed."""
+        return self.table.to_frame()
+
     def __repr__(self) -> str:
         return f"<map: {self.answer}>"
 
@@ -59,18 +72,28 @@ def fit_map(models: Iterable | None = None, cards: Iterable | None = None, conte
     specs = sorted((model_spec(m) for m in (catalog.entries() if models is None else models)), key=lambda s: s.params)
     found = [row["id"] for row in catalog.gpus()] if cards is None else cards
     chosen = sorted((catalog.gpu(c) for c in found), key=lambda c: c.memory)
-    room = [(c.memory if c.free is None else c.free) - overhead_high(c) for c in chosen]
-    rows = []
+    room = [(c.memory if c.free is None else c.free) - overhead_term(c, "").high for c in chosen]
+    makers = {card.vendor: card for card in chosen}      # buffers differ by whose kernels they are, not by card
+    rows, refused = [], []
     for spec in specs:
-        needs = _needs(spec, context, types, ladder, ubatch)
-        rows.append(tuple(next((quant for quant, need in needs if need <= space), None) for space in room))
+        try:
+            needs = _needs(spec, context, types, ladder, ubatch)
+        except LabError as error:            # a cache that this model cannot keep in those types: it fits no card
+            refused.append(error)
+            rows.append((None,) * len(chosen))
+            continue
+        working = {vendor: compute_high(spec, Request(context, ubatch, kv=types), card) for vendor, card in makers.items()}
+        rows.append(tuple(next((quant for quant, need in needs if need + working[card.vendor] <= space), None)
+                          for card, space in zip(chosen, room, strict=True)))
+    if specs and len(refused) == len(specs):
+        raise refused[0]
     return FitMap(tuple(specs), tuple(chosen), context, types, ladder, tuple(rows))
 
 
 def _needs(spec: ModelSpec, context: int, kv: tuple[str, str], ladder: tuple[str, ...], ubatch: int) -> list[tuple[str, int]]:
-    """(quant, high estimate of the bytes on a card beside its overhead) for each quant the model's widths allow."""
+    """(quant, bytes of weights, cache and state on a card) for each quant the model's widths allow."""
     cache = cache_bytes(spec, context, kv, ubatch=ubatch)
-    beside = cache.kv + cache.recurrent + compute_high(spec, context, ubatch)
+    beside = cache.kv + cache.recurrent
     found = []
     for quant in quants_to_try(spec, ladder):
         try:

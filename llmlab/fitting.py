@@ -5,14 +5,18 @@ Everything is arithmetic over remembered shapes: a report takes well under a mil
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
-from . import catalog, hardware, wording
+from . import calibrated, catalog, hardware, wording
+from .beside import anything, beside_terms, rows_drafted
 from .catalog import Gpu
 from .errors import LabError
-from .memory import CacheBytes, Term, Weights, cache_bytes, weights
-from .placing import card_needs, free_bytes, overhead_high, placed_terms, whole_terms
+from .memory import Term, cache_bytes, weights
+from .placing import NOWHERE, Here, assignment, free_bytes, placed_terms, whole_terms
+from .rates import USUAL, Rates, host_named, of_machine
+from .reserving import Reservation, check_parallel, reservations, vllm_terms
+from .searching import Question, fewest_experts_out, most_layers
 from .settings import LADDERS, Settings, check, ladder, quants_to_try
 from .shapes import ModelSpec, model_spec
 from .speed import Speed, speed
@@ -48,7 +52,9 @@ class Report:
 
     `gpu_layers` counts as llama.cpp does: blocks, and the output as one more. `terms` are exact or modelled and say so.
     `verdict` answers for what was asked: with gpu_layers "auto" all of the model on the cards; where that does not fit,
-    `gpu_layers` is how much of it goes there and `partial` is true. `host` is RAM in bytes, None: no limit.
+    `gpu_layers` is how much of it goes there and `partial` is true. `n_cpu_moe` is how many blocks keep their experts in
+    RAM, settled where it was asked as "auto". `host` is RAM in bytes, None: no limit. `machine`: the very computer, where the
+    question named one. `reserved`: what vLLM reserves of each card.
     """
 
     spec: ModelSpec
@@ -61,6 +67,10 @@ class Report:
     speed: Speed
     host: int | None = None
     partial: bool = False
+    n_cpu_moe: int = 0
+    machine: "hardware.Machine | None" = None
+    reserved: tuple[Reservation, ...] = ()
+    rates: Rates = USUAL
 
     @property
     def fits(self) -> bool:
@@ -71,14 +81,32 @@ class Report:
         """Blocks and the output: the most gpu_layers there can be."""
         return len(self.spec.layers) + 1
 
+    @property
+    def beyond_training(self) -> int:
+        """Tokens of a sequence's context beyond what the model was trained for (llama.cpp's n_ctx_train); 0: none."""
+        trained = self.spec.context_train
+        return max(self.settings.context // self.settings.sequences - trained, 0) if trained else 0
+
     def total(self, name: str, device: str | None = None) -> int:
         """Bytes of the terms of that name, on one device or on all."""
         return sum(t.bytes for t in self.terms if t.name == name and device in (None, t.device))
 
     def with_(self, **changes) -> "Report":
         """The same question with other settings: `report.with_(context=32768)`. Raises LabError as `fit`."""
-        host = _host(changes.pop("host")) if "host" in changes else self.host
-        return _report(self.spec, self.cards, check(self.spec, {**self.settings.__dict__, **changes}), host)
+        host, rates = self.host, self.rates
+        if "host" in changes:
+            host, named = _host(changes.pop("host"))
+            rates = named or rates
+        if "draft" in changes:
+            changes.setdefault("draft_quant", None)          # the quant was the former draft's
+        s = check(self.spec, {**self.settings.__dict__, **changes})
+        return _report(self.spec, self.cards, s, host, self.machine, rates)
+
+    @property
+    def whole(self) -> "Report":
+        """The same with every layer on the cards where that was left open: it fits where this fits, and searches nothing."""
+        left_open = self.cards and self.settings.engine == "llama.cpp" and self.settings.gpu_layers == "auto"
+        return self.with_(gpu_layers=self.layers) if left_open else self
 
     # ---- the inverse questions --------------------------------------------------------------------------
 
@@ -87,13 +115,13 @@ class Report:
 
         Searched up to the context the model was trained for, times the sequences that share it.
         """
-        n = self.settings.sequences
+        whole, n = self.whole, self.settings.sequences
         low, high = -(-n // 256), max(self.spec.context_train or self.settings.context, 256) * n // 256
-        if not self.with_(context=low * 256).fits:
+        if not whole.with_(context=low * 256).fits:
             return 0
         while low < high:
             middle = (low + high + 1) // 2
-            if self.with_(context=middle * 256).fits:
+            if whole.with_(context=middle * 256).fits:
                 low = middle
             else:
                 high = middle - 1
@@ -109,13 +137,29 @@ class Report:
         tried = LADDERS[self.settings.engine] if quants is None else ladder(quants)
         if self.settings.engine == "llama.cpp":
             tried = quants_to_try(self.spec, tried)
+        whole = self.whole
         for quant in tried:
             try:
-                if self.with_(quant=quant).fits:
+                if whole.with_(quant=quant).fits:
                     return quant
             except LabError:
                 continue
         return None
+
+    def levers(self):
+        """What one more step of each lever buys in bytes and costs in speed and published quality: `llmlab.levers.Levers`,
+        a table of rows whose `change` goes into `with_`. Those that make it fit come first, the cheapest of them first."""
+        from .levers import levers
+        return levers(self)
+
+    def command(self, engine: str | None = None):
+        """The command, settings file or code that gives exactly this in `engine`: a string with `.notes`.
+
+        engine: "llama.cpp", "llama-cli", "llama-cpp-python", "ollama", "lmstudio", "vllm", "transformers"; None: the
+        report's own. Raises LabError for an engine that cannot run it.
+        """
+        from .exports import command
+        return command(self, engine)
 
     # ---- in words, figures and tables -------------------------------------------------------------------
 
@@ -145,16 +189,23 @@ class Report:
         return catalog.Table(rows, {"GiB": "{:.2f}".format})
 
     def to_dict(self) -> dict:
-        """What `llmlab fit --json` prints. A host capacity of 0 is RAM without a limit."""
+        """What `llmlab fit --json` prints. A host capacity of 0 is RAM without a limit.
+
+        Only where they say something: "n_cpu_moe", "beyond_training", and "reserved" for each card of vLLM.
+        """
         s = self.settings
         keys = {"host": ("weights", "repacked", "kv_cache", "recurrent", "compute", "output")}
         devices = {}
         for name, device in self.devices.items():
             wanted = keys.get(name, ("weights", "kv_cache", "recurrent", "compute", "overhead"))
-            devices[name] = {"capacity": device.capacity, **{key: self.total(key, name) for key in wanted}}
+            more = dict.fromkeys(t.name for t in self.terms if t.device == name and t.name not in wanted and t.bytes)
+            devices[name] = {"capacity": device.capacity, **{key: self.total(key, name) for key in (*wanted, *more)}}
         w = weights(self.spec, s.quant, s.importance)
+        said = {"n_cpu_moe": self.n_cpu_moe, "beyond_training": self.beyond_training,
+                "reserved": [{"requested": r.requested, "pool": r.pool, "concurrent": r.concurrent} for r in self.reserved]}
         return {"model": self.spec.name, "quant": s.quant, "verdict": self.verdict, "fits": self.fits,
                 "tensor_bytes": w.padded, "file_bytes": self.file_bytes, "devices": devices, "gpu_layers": self.gpu_layers,
+                **{name: value for name, value in said.items() if value},
                 "speed": {"decode_tps": self.speed.decode_tps, "prefill_tps": self.speed.prefill_tps}}
 
     @property
@@ -179,56 +230,75 @@ def _has(device: Device) -> str:
 
 
 def fit(spec, gpu=None, quant: str | None = None, context: int = 8192, kv: str | tuple[str, str] = "f16",
-        engine: str = "llama.cpp", gpu_layers: int | str = "auto", n_cpu_moe: int = 0, split=None, host=None,
+        engine: str = "llama.cpp", gpu_layers: int | str = "auto", n_cpu_moe: int | str = 0, split=None, host=None,
         sequences: int = 1, batch: int = 2048, ubatch: int = 512, flash_attention: bool = True, importance: bool = False,
-        swa_full: bool = False, unified: bool = False) -> Report:
+        swa_full: bool = False, unified: bool = False, display: str | bool | None = None, utilization: float | None = None,
+        projector=None, draft=None, draft_quant: str | None = None, mtp: bool = False) -> Report:
     """Will it fit? `llmlab.fit`.
 
     >>> llmlab.fit("llama-3-8b", "rtx-3060-12gb", quant="Q4_K_M", context=16384, kv="q8_0").answer
 
     spec: a ModelSpec or anything llmlab.model takes. gpu: a card, its name, a list of them, a Machine (its cards and its
-    RAM), or None for the host alone. quant None: as stored in a GGUF, Q4_K_M for a config. host: RAM in bytes
-    or words ("32 GiB"); None: this computer's where gpu is None or a Machine, otherwise unlimited, as llama.cpp treats it.
-    kv: a cache type, or a pair for K and V. n_cpu_moe: blocks whose experts stay in RAM. split: one share a card.
-    context is what all sequences share. gpu_layers "auto" asks whether all of it fits the cards, and says how many
-    layers go there where it does not. Raises LabError in one line for anything that cannot be.
+    RAM), or None for the host alone. quant None: as stored in a GGUF, Q4_K_M for a config. host: RAM in bytes or words
+    ("32 GiB", "96 GB DDR5-4800", "DDR4-3200 quad, 10 cores": which RAM it is decides the speed); None: this computer's where
+    gpu is None or a Machine, otherwise unlimited, as llama.cpp treats it.
+    kv: a cache type, or a pair for K and V. n_cpu_moe: blocks whose experts stay in RAM, or "auto": as few as let the rest
+    fit. split: one share a card. context is what all sequences share. gpu_layers "auto" asks whether all of it fits the
+    cards, and says how many layers go there where it does not.
+    display: whether a card also shows the desktop: False, "linux", "windows", None where that is not known. utilization:
+    the share of a card that vLLM reserves (0.92). projector: the model's mmproj GGUF, or its size. draft: a model that
+    drafts for this one, in draft_quant; mtp: draft with the model's own multi-token-prediction blocks.
+    Raises LabError in one line for anything that cannot be.
     """
     spec = model_spec(spec)
-    cards, ram = _cards(gpu)
+    cards, ram, machine = _cards(gpu)
+    rates = of_machine(machine) if machine else USUAL
     if host is not None:
-        ram = _host(host)
+        ram, named = _host(host)
+        rates = named or rates
     return _report(spec, cards, check(spec, dict(
         quant=quant, context=context, kv=kv, engine=engine, gpu_layers=gpu_layers, n_cpu_moe=n_cpu_moe, split=split,
         sequences=sequences, batch=batch, ubatch=ubatch, flash_attention=flash_attention, importance=importance,
-        swa_full=swa_full, unified=unified)), ram)
+        swa_full=swa_full, unified=unified, display=display, utilization=utilization, projector=projector, draft=draft,
+        draft_quant=draft_quant, mtp=mtp)), ram, machine, rates)
 
 
-def _host(given) -> int | None:
-    """RAM in bytes; None: no limit."""
+def _host(given) -> tuple[int | None, Rates | None]:
+    """RAM in bytes (None: no limit), and what it delivers where the words say which RAM it is."""
     if given is None:
-        return None
-    ram = parse_bytes(given)
+        return None, None
+    size, rates = host_named(given) if isinstance(given, str) else (given, None)
+    if size is None:
+        return None, rates
+    ram = parse_bytes(size)
     if not 0 < ram <= MOST_HOST:
         raise LabError(f"host is {str(given)[:40]!r}; give how much RAM there is, like '32 GiB'")
-    return ram
+    return ram, rates
 
 
-def _cards(gpu) -> tuple[tuple[Gpu, ...], int | None]:
-    """Cards, and the RAM that comes with them (None: no limit)."""
+def _cards(gpu) -> tuple[tuple[Gpu, ...], int | None, hardware.Machine | None]:
+    """Cards, the RAM that comes with them (None: no limit), and the computer where it is a certain one."""
     if isinstance(gpu, hardware.Machine):
-        return gpu.cards, _usable_ram(gpu)
-    if gpu is None or (isinstance(gpu, (list, tuple)) and not gpu):
-        return (), _this_ram()
-    if isinstance(gpu, str) and gpu.strip().lower() == "none":
-        return (), _this_ram()
+        return gpu.cards, _usable_ram(gpu), gpu
+    if gpu is None or (isinstance(gpu, (list, tuple)) and not gpu) or isinstance(gpu, str) and gpu.strip().lower() == "none":
+        return (), _usable_ram(_this_machine()), _this_machine()
     if isinstance(gpu, (list, tuple)):
-        return tuple(catalog.gpu(g) for g in gpu), None
-    return (catalog.gpu(gpu),), None
+        return tuple(catalog.gpu(g) for g in gpu), None, None
+    return (catalog.gpu(gpu),), None, None
 
 
-@cache
-def _this_ram() -> int:
-    return _usable_ram(hardware.machine())
+def _this_machine() -> hardware.Machine:
+    """This computer, looked at once, and again after it was calibrated."""
+    try:
+        stored = calibrated.folder().stat().st_mtime_ns
+    except OSError:
+        stored = 0
+    return _machine_since(stored)
+
+
+@lru_cache(maxsize=1)
+def _machine_since(stored: int) -> hardware.Machine:
+    return hardware.machine()
 
 
 def _usable_ram(machine: hardware.Machine) -> int:
@@ -238,66 +308,86 @@ def _usable_ram(machine: hardware.Machine) -> int:
 
 # ---- one report ---------------------------------------------------------------------------------------------
 
-def _report(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, host: int | None) -> Report:
+def _report(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, host: int | None,
+            machine: hardware.Machine | None = None, rates: Rates = USUAL) -> Report:
     if s.split is not None and len(s.split) != len(cards):
         raise LabError(f"split names {len(s.split)} shares for {len(cards)} cards; give one each")
+    if host and any(card.unified and card.free is None and card.memory > host for card in cards):   # sold with less
+        cards = tuple(replace(card, memory=host) if card.unified and card.memory > host else card for card in cards)
     w = weights(spec, s.quant, s.importance)
-    c = cache_bytes(spec, s.context, s.kv, engine=s.engine, sequences=s.sequences, ubatch=s.micro,
-                    flash_attention=s.flash_attention, swa_full=s.swa_full, unified=s.unified)
+    c = cache_bytes(spec, s.context, s.kv, engine=s.engine, sequences=s.sequences,
+                    ubatch=s.batch if s.engine == "vllm" else s.micro, flash_attention=s.flash_attention,
+                    swa_full=s.swa_full, unified=s.unified, drafted=rows_drafted(spec, s))
+    ask = Question(spec, cards, s, w, c, host, machine, _here(machine, cards), rates)
     everything = len(spec.layers) + 1
     if s.engine != "llama.cpp":
-        return _judged(spec, cards, s, w, c, host, everything if cards else 0, whole_terms(spec, cards, s, c))
+        return _judged(ask, everything if cards else 0, _whole(ask))
     wanted = 0 if not cards else everything if s.gpu_layers == "auto" else s.gpu_layers
-    report = _judged(spec, cards, s, w, c, host, wanted, placed_terms(spec, cards, s, w, c, wanted))
-    on_cards = [d for name, d in report.devices.items() if name != "host"]
-    if s.gpu_layers != "auto" or all(d.verdict != "does not fit" for d in on_cards):
-        return report
-    most = _most_layers(spec, cards, s, w, c)
-    return _judged(spec, cards, s, w, c, host, most, placed_terms(spec, cards, s, w, c, most), partial=True)
+    if s.n_cpu_moe == "auto":
+        ask = ask.with_experts_out(fewest_experts_out(ask, wanted))
+    report = None if s.gpu_layers == "auto" and ask.surely_too_large(wanted) else _judged(ask, wanted, _placed(ask, wanted))
+    if report is None or s.gpu_layers == "auto" and any(
+            d.verdict == "does not fit" for name, d in report.devices.items() if name != "host"):
+        most = most_layers(ask)
+        report = _judged(ask, most, _placed(ask, most), partial=True)
+    return report if s.n_cpu_moe != "auto" else replace(report, settings=s)
 
 
-def _most_layers(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, c: CacheBytes) -> int:
-    """The most layers that fit the cards for certain, short of all of them."""
-    room = [free_bytes(card) - overhead_high(card) for card in cards]
-
-    def fit_in(layers: int) -> bool:
-        return all(need <= space for need, space in zip(card_needs(spec, cards, s, w, c, layers), room, strict=True))
-
-    low, high = 0, len(spec.layers)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fit_in(middle) else (low, middle - 1)
-    if len(cards) > 1:      # with one layer more the shares shift: more may fit where fewer do not
-        return next((n for n in range(len(spec.layers), low, -1) if fit_in(n)), low)
-    return low
+def _here(machine: hardware.Machine | None, cards: tuple[Gpu, ...]) -> Here:
+    """What is known of the very computer: its processor, and the contexts its calibration measured."""
+    if machine is None:
+        return NOWHERE
+    measured = getattr(getattr(machine, "calibration", None), "context_bytes", None) or {}
+    return Here(machine.cpu.features, tuple((c.name, measured[c.name]) for c in cards if c.name in measured))
 
 
-def _judged(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, c: CacheBytes, host: int | None,
-            gpu_layers: int, terms: list[Term], partial: bool = False) -> Report:
+def _placed(ask: Question, layers: int) -> list[Term]:
+    compute = ask.compute(layers, ask.s.n_cpu_moe)
+    terms = placed_terms(ask.spec, ask.cards, ask.s, ask.w, ask.c, layers, ask.here, compute)
+    return terms + beside_terms(ask.spec, ask.cards, ask.s, layers) if anything(ask.s) else terms
+
+
+def _whole(ask: Question) -> list[Term]:
+    if ask.s.engine == "vllm":
+        check_parallel(ask.spec, ask.cards)
+        return vllm_terms(ask.spec, ask.cards, ask.s, ask.c, tuple(map(ask.here.context_of, ask.cards)))
+    return whole_terms(ask.spec, ask.cards, ask.s, ask.c, ask.here)
+
+
+def _judged(ask: Question, gpu_layers: int, terms: list[Term], partial: bool = False) -> Report:
+    spec, cards, s = ask.spec, ask.cards, ask.s
     sums = {f"gpu{i}": [0, 0, 0] for i in range(len(cards))} | {"host": [0, 0, 0]}
     for t in terms:
         mine = sums[t.device]
         mine[0] += t.bytes
         mine[1] += t.low
         mine[2] += t.high
+    reserved = reservations(cards, s, terms) if s.engine == "vllm" else ()
     devices = {}
     for i, card in enumerate(cards):
-        devices[f"gpu{i}"] = Device(f"gpu{i}", card.name, card.memory, free_bytes(card), *sums[f"gpu{i}"])
-    devices["host"] = _host_device(cards, devices, host, sums["host"], terms)
-    verdicts = [d.verdict for d in devices.values()]
+        free = reserved[i].room(free_bytes(card)) if reserved else free_bytes(card)
+        devices[f"gpu{i}"] = Device(f"gpu{i}", card.name, card.memory, free, *sums[f"gpu{i}"])
+    twice = ask.w.tied if gpu_layers else 0
+    devices["host"] = _host_device(cards, devices, ask.host, sums["host"], twice)
+    verdicts = [d.verdict for d in devices.values()] + [r.starts for r in reserved]
     # a partial report says how much goes on the cards; the question was whether all of it does
     verdict = "does not fit" if partial else next(v for v in ("does not fit", "may spill", "fits") if v in verdicts)
-    return Report(spec, cards, s, tuple(terms), devices, gpu_layers, verdict, _speed(spec, cards, s, w, terms), host, partial)
+    return Report(spec, cards, s, tuple(terms), devices, gpu_layers, verdict, _speed(ask, gpu_layers, devices, terms), ask.host,
+                  partial, s.n_cpu_moe, ask.machine, reserved, ask.rates)
 
 
 def _host_device(cards: tuple[Gpu, ...], on_cards: dict[str, Device], host: int | None, sums: list[int],
-                 terms: list[Term]) -> Device:
-    """RAM: what the system leaves of it; where a card shares it, also less what the model holds as card memory."""
+                 twice: int) -> Device:
+    """RAM: what the system leaves of it; where a card shares it, also less what the model holds as card memory.
+
+    `twice`: bytes of a table that is both embedding and output. Metal and the CPU map the same pages of the file.
+    """
     shared = next((i for i, card in enumerate(cards) if card.unified), None)
     if shared is not None:
         card, device = cards[shared], on_cards[f"gpu{shared}"]
         capacity = min(card.memory, host or card.memory)
-        mine = device.used - next(t.bytes for t in terms if t.name == "overhead" and t.device == device.name)
+        # what the system keeps from the card is still RAM; the rest of what the card holds is not
+        mine = device.used - (card.reserved[1] if card.free is None else 0) - (twice if card.vendor == "Apple" else 0)
         return Device("host", "RAM (the same memory)", capacity, max(capacity - min(HOST_RESERVE, capacity // 8) - mine, 0),
                       *sums)
     if host is None:
@@ -305,19 +395,14 @@ def _host_device(cards: tuple[Gpu, ...], on_cards: dict[str, Device], host: int 
     return Device("host", "RAM", host, max(host - min(HOST_RESERVE, host // 8), 0), *sums)
 
 
-def _speed(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, terms: list[Term]) -> Speed:
-    """Bytes a token reads on each device: its weights by the active share, and its whole cache (the context full)."""
-    held = {t.device: t.bytes for t in terms if t.name == "weights"}
-    cached: dict[str, int] = {}
-    for t in terms:
-        if t.name in ("kv_cache", "recurrent"):
-            cached[t.device] = cached.get(t.device, 0) + t.bytes
-    host_held = max(held.get("host", 0) - w.embedding, 0)
-    all_held = sum(v for k, v in held.items() if k != "host") + host_held or 1
-    active = {k: w.active * (host_held if k == "host" else v) // all_held for k, v in held.items()}
-    on_cards = tuple(active.get(f"gpu{i}", 0) + cached.get(f"gpu{i}", 0) for i in range(len(cards)))
-    return speed(cards, on_cards, active.get("host", 0) + cached.get("host", 0), spec.params_active, host_held / all_held,
-                 host_held, s.micro)
+def _speed(ask: Question, gpu_layers: int, devices: dict[str, Device], terms: list[Term]) -> Speed:
+    """How fast it goes with the blocks where they lie, and what a device is too small for."""
+    where = assignment(ask.spec, ask.cards, ask.s, gpu_layers)
+    over = tuple(max(0, d.used - d.free) for name, d in devices.items() if name != "host")
+    host = devices["host"]
+    copies = sum(t.bytes for t in terms if t.name == "repacked")        # read in place of what they were made from
+    short = max(0, host.used - copies - host.free) if host.capacity else 0
+    return speed(ask.spec, ask.s, ask.w, ask.c, ask.cards, where, ask.rates, over, short)
 
 
 __all__ = ["Device", "QUANT_LADDER", "Report", "fit"]

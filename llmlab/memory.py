@@ -1,6 +1,6 @@
-"""What each thing costs in bytes: weights, KV cache, recurrent state, compute buffers, overhead.
+"""What each thing costs in bytes: weights, KV cache and recurrent state.
 
-Weights, cache and state are exact; compute and overhead are closed forms, marked modelled, with a band.
+All exact; what graphs need beside them is modelled in `graphs` and `activations`.
 Sources: llama.cpp at the version of llama-cpp-python 0.3.36 (src/llama-kv-cache*.cpp, llama-memory-recurrent.cpp,
 llama-context.cpp, llama-quant.cpp); bitsandbytes' and GPTQ's storage layouts.
 """
@@ -14,9 +14,10 @@ from .errors import LabError, UnknownName
 from .formats import FORMATS
 from .formats.mixes import MIXES, Circumstances, Mix, Role, chooser, find_mix, needs_importance, roles
 from .shapes import ModelSpec, model_spec, remembered
-from .units import MIB, align
+from .units import align
 
 GGUF_ALIGNMENT = 32      # GGUF_DEFAULT_ALIGNMENT: tensor data is padded to it
+PAGE = 16                # tokens in one of vLLM's KV pages
 CONTEXT_PAD = 256        # llama.cpp pads the cells of a cache to it (llama-context.cpp)
 ENGINES = ("llama.cpp", "transformers", "vllm")
 MAX_CONTEXT = 2**31 - 1
@@ -180,7 +181,7 @@ def weights(spec: ModelSpec, quant: str, importance: bool = False) -> Weights:
         known = seen.get(key)
         if known is None:
             size = tensor_bytes(type, tensor.shape)
-            known = seen[key] = size, align(size, GGUF_ALIGNMENT), _card_padding(type, tensor.shape)
+            known = seen[key] = size, align(size, GGUF_ALIGNMENT), cuda_padding(type, tensor.shape)
         size, padded, extra = known
         sizes.append(size)
         total += padded
@@ -233,7 +234,7 @@ def _parts(spec: ModelSpec) -> tuple[tuple[int, str], ...]:
     return tuple(found)
 
 
-def _card_padding(type: str, shape: tuple[int, ...]) -> int:
+def cuda_padding(type: str, shape: tuple[int, ...]) -> int:
     """What llama.cpp's CUDA backend adds to a quantized tensor whose rows are no multiple of 512 weights: the rest of
     one such row (ggml-cuda.cu, MATRIX_ROW_PADDING)."""
     if type not in FORMATS or FORMATS[type].block == 1 or shape[0] % 512 == 0:
@@ -260,7 +261,7 @@ def card_bytes(spec: ModelSpec, quant: str, importance: bool = False) -> int:
     total = 0
     for role, shape, n in _groups(spec):
         type = rule(role)
-        total += n * (align(tensor_bytes(type, shape), GGUF_ALIGNMENT) + _card_padding(type, shape))
+        total += n * (align(tensor_bytes(type, shape), GGUF_ALIGNMENT) + cuda_padding(type, shape))
     return total
 
 
@@ -361,18 +362,19 @@ def check_settings(context: int, sequences: int = 1, batch: int = 2048, ubatch: 
 
 def cache_bytes(spec: ModelSpec, context: int, kv: str | tuple[str, str] = "f16", *, engine: str = "llama.cpp",
                 sequences: int = 1, ubatch: int = 512, flash_attention: bool = True, swa_full: bool = False,
-                unified: bool = False) -> CacheBytes:
+                unified: bool = False, drafted: int = 0) -> CacheBytes:
     """Bytes of the KV cache and the recurrent state.
 
     `context` is what all sequences share (llama.cpp's -c; each gets context / sequences). llama.cpp pads the
     cells of a sequence to 256; a sliding-window layer keeps window + ubatch cells (padded) unless `swa_full`;
-    `unified` is one pool for all sequences. transformers keeps exactly the tokens; vLLM whole pages of 16.
-    Raises LabError for settings that engine refuses.
+    `unified` is one pool for all sequences. transformers keeps exactly the tokens; vLLM whole pages of 16, and of a
+    sliding window the pages of the window and of two batches of `ubatch` tokens. `drafted`: tokens a draft may take back,
+    each a row of recurrent state more. Raises LabError for settings that engine refuses.
     """
     check_settings(context, sequences, ubatch=ubatch)
     types = cache_types(kv)
     return _cache_bytes(spec, context, types, known_engine(engine), sequences, ubatch, bool(flash_attention), bool(swa_full),
-                        bool(unified))
+                        bool(unified), drafted)
 
 
 def known_engine(name: str) -> str:
@@ -384,11 +386,11 @@ def known_engine(name: str) -> str:
 
 @remembered
 def _cache_bytes(spec: ModelSpec, context: int, kv: tuple[str, str], engine: str, sequences: int, ubatch: int,
-                 flash: bool, swa_full: bool, unified: bool) -> CacheBytes:
+                 flash: bool, swa_full: bool, unified: bool, drafted: int) -> CacheBytes:
     if engine == "llama.cpp":
-        cells, sliding_cells = _llama_cells(spec, context, sequences, ubatch, swa_full, unified)
+        cells, sliding_cells = llama_cells(spec, context, sequences, ubatch, swa_full, unified)
     elif engine == "vllm":
-        cells, sliding_cells = align(-(-context // sequences), 16) * sequences, None
+        cells, sliding_cells = align(-(-context // sequences), PAGE) * sequences, None
     else:
         cells, sliding_cells = context, None
     row = _row_of(spec, kv, engine, flash)
@@ -403,8 +405,12 @@ def _cache_bytes(spec: ModelSpec, context: int, kv: tuple[str, str], engine: str
                 rows[key] = row(layer)
             window = layer.window or (layer.declared_window if engine != "llama.cpp" else 0)
             if window:
-                n = sliding_cells if engine == "llama.cpp" else min(
-                    cells, align(window, 16) * sequences if engine == "vllm" else window * sequences)
+                if engine == "llama.cpp":
+                    n = sliding_cells
+                elif engine == "vllm":
+                    n = _window_pages(window, ubatch, -(-context // sequences)) * PAGE * sequences
+                else:
+                    n = min(cells, window * sequences)
                 bytes = rows[key] * n
                 sliding += bytes
                 seen_cells = n
@@ -412,13 +418,45 @@ def _cache_bytes(spec: ModelSpec, context: int, kv: tuple[str, str], engine: str
                 bytes = rows[key] * cells
                 full += bytes
         by_layer.append(bytes)
-        fixed = 0 if layer.mtp else 4 * sequences * (layer.conv_state + layer.ssm_state)
+        fixed = 0 if layer.mtp else 4 * sequences * (1 + drafted) * (layer.conv_state + layer.ssm_state)
         recurrent.append(fixed)
         state += fixed
+    if engine == "vllm" and (spare := _spare_pages(spec, by_layer, rows, cells, seen_cells)):
+        last = max(i for i, bytes in enumerate(by_layer) if bytes)
+        by_layer[last] += spare
+        sliding += spare
     return CacheBytes(full, sliding, state, tuple(by_layer), tuple(recurrent), cells, seen_cells)
 
 
-def _llama_cells(spec: ModelSpec, context: int, sequences: int, ubatch: int, swa_full: bool, unified: bool) -> tuple[int, int]:
+def _window_pages(window: int, batch: int, context: int) -> int:
+    """Pages vLLM keeps of a sliding window for one request: the window, two batches under way, and one page more as the
+    window need not begin with a page (SlidingWindowSpec.max_admission_blocks_per_request)."""
+    return -(-min(window - 1 + 2 * batch, context) // PAGE) + 1
+
+
+def _spare_pages(spec: ModelSpec, by_layer: list[int], rows: dict, cells: int, window_cells: int) -> int:
+    """Bytes that vLLM's groups of layers waste: full and sliding layers are put into groups of equally many, the last of
+    each kind filled up with layers there are none of (kv_cache_planning.py). One kind of layer, or cells of different
+    size: none."""
+    windows = sum(1 for layer, bytes in zip(spec.layers, by_layer, strict=True)
+                  if bytes and (layer.window or layer.declared_window))
+    others = sum(1 for bytes in by_layer if bytes) - windows
+    if not windows or not others or len(set(rows.values())) > 1:
+        return 0
+    few, many = sorted((windows, others))
+    size = many if many < 1.5 * few else few
+    row = next(iter(rows.values()))
+    return row * ((-windows % size) * window_cells + (-others % size) * cells)
+
+
+def mtp_cache(spec: ModelSpec, context: int, sequences: int = 1, unified: bool = False, flash_attention: bool = True) -> int:
+    """Bytes of cache that each multi-token-prediction block keeps while llama.cpp drafts with it: full length, float16."""
+    cells, _ = llama_cells(spec, context, sequences, 1, False, unified)
+    row = _row_of(spec, ("f16", "f16"), "llama.cpp", flash_attention)
+    return max((row(layer) * cells for layer in spec.layers if layer.mtp and layer.attends), default=0)
+
+
+def llama_cells(spec: ModelSpec, context: int, sequences: int, ubatch: int, swa_full: bool, unified: bool) -> tuple[int, int]:
     """Cells of a full and of a sliding layer over all sequences (llama-context.cpp, llama-kv-cache-iswa.cpp)."""
     padded = align(context, CONTEXT_PAD)
     per_sequence = padded if unified or sequences == 1 else align(padded // sequences, CONTEXT_PAD)
@@ -450,10 +488,7 @@ def _row_of(spec: ModelSpec, kv: tuple[str, str], engine: str, flash: bool):
     uneven = len({b.kv_heads * b.value_dim for b in spec.layers}) > 1
 
     def row(layer: Layer) -> int:
-        if layer.mixer == "mla":
-            if engine == "transformers":     # its modules cache K and V unpacked, a pair for every head
-                key, value = spec.metadata["attention.key_length_mla"], spec.metadata["attention.value_length_mla"]
-                return k_format.bytes(layer.heads * key) + v_format.bytes(layer.heads * value)
+        if layer.mixer == "mla":             # one latent row; transformers 5 too (measured)
             return k_format.bytes(layer.kv_heads * layer.key_dim)
         values = layer.kv_heads * layer.value_dim
         if engine == "llama.cpp" and not flash and uneven:
@@ -463,41 +498,6 @@ def _row_of(spec: ModelSpec, kv: tuple[str, str], engine: str, flash: bool):
     return row
 
 
-# ---- compute and overhead (modelled) ------------------------------------------------------------------------
-
-def compute_bytes(spec: ModelSpec, context: int, ubatch: int = 512, flash_attention: bool = True,
-                  sequences: int = 1) -> int:
-    """llama.cpp's compute buffer on the device that holds the output, one graph of min(context, ubatch) tokens.
-
-    Closed forms that gave the printed number for dense and MoE models on one card: logits and two activations,
-    4 * ub * (vocab + 2 * width) bytes; without flash attention also 4 * ub * (1 + 4 * width + context * (1 + heads)),
-    whichever is larger.
-    """
-    tokens = min(context, ubatch)
-    wide = 4 * tokens * (spec.vocab + 2 * spec.width)
-    if flash_attention:
-        return wide
-    heads = max((b.heads for b in spec.blocks), default=0)
-    cells = align(-(-context // sequences), CONTEXT_PAD)
-    return max(wide, 4 * tokens * (1 + 4 * spec.width + cells * (1 + heads)))
-
-
-def host_compute_bytes(spec: ModelSpec, context: int, ubatch: int = 512) -> int:
-    """llama.cpp's pinned host buffer beside a card: the float32 mask and the input, 4 * ub * (context + width)."""
-    return 4 * min(context, ubatch) * (align(context, CONTEXT_PAD) + spec.width)
-
-
 def output_bytes(spec: ModelSpec, sequences: int = 1) -> int:
     """Logits kept on the host: float32, one row a sequence."""
     return 4 * spec.vocab * sequences
-
-
-CONTEXT_OVERHEAD = (120 * MIB, 300 * MIB, 550 * MIB)
-"""CUDA context and loaded kernels on one card (low, usual, high): measured range quoted in ggml-org/llama.cpp#20595;
-data/overheads.csv has single cards."""
-
-
-REPACKED = ("Q4_0", "Q4_K", "Q2_K", "IQ4_NL", "MXFP4", "Q5_K", "Q6_K", "Q8_0")
-"""Formats of which llama.cpp's CPU backend may keep a copy laid out for its kernels; which ones, the CPU's instruction
-set decides."""
-

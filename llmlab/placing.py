@@ -3,28 +3,42 @@
 Pure functions from shapes, sizes and settings to terms; nothing here judges.
 """
 
+from dataclasses import dataclass
 from struct import pack, unpack
 
+from .activations import cache_type, compute_term, recurrent_bytes
 from .catalog import Gpu
+from .graphs import Request, compute_terms
 from .memory import (
-    CONTEXT_OVERHEAD,
-    REPACKED,
     CacheBytes,
     Term,
     Weights,
-    compute_bytes,
+    cache_bytes,
     exact,
-    host_compute_bytes,
     loaded_bytes,
-    modelled,
     output_bytes,
 )
+from .overhead import overhead_term
+from .repacking import repacked_term
 from .settings import Settings
 from .shapes import ModelSpec
-from .units import MIB
 
-DESKTOP_DISPLAY = 850 * MIB       # a desktop's own use of its card, usual; data/overheads.csv disp-linux-desktop
 _STATE = "float32 state of recurrent layers, a row a sequence"
+
+
+@dataclass(frozen=True)
+class Here:
+    """What is known of the very computer: its processor's features, and contexts measured on its cards (bytes, by name).
+    None: not known, or not measured."""
+
+    features: tuple[str, ...] | None = None
+    contexts: tuple[tuple[str, int], ...] = ()
+
+    def context_of(self, card: Gpu) -> int | None:
+        return next((size for name, size in self.contexts if name == card.name), None)
+
+
+NOWHERE = Here()
 
 
 def free_bytes(card: Gpu) -> int:
@@ -60,9 +74,9 @@ def _single(number: float) -> float:
     return unpack("f", pack("f", number))[0]
 
 
-def placed_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, c: CacheBytes,
-                 gpu_layers: int) -> list[Term]:
-    """The terms of a llama.cpp run with that many layers on the cards."""
+def placed_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, c: CacheBytes, gpu_layers: int,
+                 here: Here, compute: list[Term]) -> list[Term]:
+    """The terms of a llama.cpp run with that many layers on the cards. `compute`: its `buffers`."""
     count, n = len(spec.layers), len(cards)
     where = assignment(spec, cards, s, gpu_layers)
     held, cache, state = [0] * (n + 1), [0] * (n + 1), [0] * (n + 1)      # the last, [-1], is the host
@@ -87,109 +101,77 @@ def placed_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weight
                   exact("kv_cache", device, cache[i], _cache_why(s, c))]
         if c.recurrent:
             terms.append(exact("recurrent", device, state[i], _STATE))
-        if gpu_layers or i == 0:
-            terms.append(_compute(spec, s, w, device, i == output_at, output_at < 0))
-        terms.append(_overhead(card, device))
+        if compute[i].bytes or gpu_layers:
+            terms.append(compute[i])
+        terms.append(overhead_term(card, device, s.engine, n, s.display, here.context_of(card)))
     terms += [exact("weights", "host", held[-1], "the embedding, and whatever layers stay in RAM (mapped from the file)"),
               exact("kv_cache", "host", cache[-1], _cache_why(s, c))]
     if c.recurrent:
         terms.append(exact("recurrent", "host", state[-1], _STATE))
-    terms += [_host_compute(spec, s, bool(cards)),
+    terms += [compute[-1],
               exact("output", "host", output_bytes(spec, s.sequences), "logits, float32, one row a sequence")]
-    if not cards and (copies := _repackable(spec, w)):
-        terms.append(modelled("repacked", "host", 0, 0, copies,
-                              "copies that the CPU backend may lay out for its kernels; the processor decides"))
+    if copies := repacked_term(spec, s.quant, s.importance, cards, [at < 0 for at in where], here.features):
+        terms.append(copies)
     return terms
 
 
-def card_needs(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, c: CacheBytes, gpu_layers: int) -> list[int]:
-    """Bytes, high estimate, that `gpu_layers` put on each card beside its overhead: the sums of `placed_terms`, cheaper."""
+def card_held(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, c: CacheBytes, gpu_layers: int) -> list[int]:
+    """Bytes of weights, cache and state that `gpu_layers` put on each card: the sums of `placed_terms`, cheaper."""
     count = len(spec.layers)
     where = assignment(spec, cards, s, gpu_layers)
-    need = [0] * len(cards)
+    held = [0] * len(cards)
     for i in range(max(count + 1 - gpu_layers, 0), count):
         if not spec.layers[i].mtp:
-            need[where[i]] += w.by_layer[i] + w.card_padding[i] + c.by_layer[i] + c.recurrent_by_layer[i] - (
+            held[where[i]] += w.by_layer[i] + w.card_padding[i] + c.by_layer[i] + c.recurrent_by_layer[i] - (
                 w.experts_by_layer[i] if i < s.n_cpu_moe else 0)
     if where[count] >= 0:
-        need[where[count]] += w.output + w.card_padding[count]
-    return [n + (_compute(spec, s, w, "", k == where[count], where[count] < 0).high if gpu_layers or k == 0 else 0)
-            for k, n in enumerate(need)]
+        held[where[count]] += w.output + w.card_padding[count]
+    return held
 
 
-def whole_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, c: CacheBytes) -> list[Term]:
-    """The terms of transformers and vLLM, which load a model whole: evenly over the cards, or all of it in RAM."""
+def buffers(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, gpu_layers: int) -> list[Term]:
+    """The compute buffer of each card, and last the host's."""
+    return compute_terms(spec, request(s), assignment(spec, cards, s, gpu_layers), s.n_cpu_moe, cards, w)
+
+
+def whole_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, c: CacheBytes, here: Here = NOWHERE) -> list[Term]:
+    """The terms of transformers, which loads a model whole: evenly over the cards, or all of it in RAM."""
     total, n = loaded_bytes(spec, s.quant), max(len(cards), 1)
-    tokens = s.context if s.engine == "transformers" else min(s.context, max(s.batch, 2048))
-    widest = max((b.ff or b.expert_ff * b.experts_used + b.shared_ff for b in spec.blocks), default=0)
-    activations = 2 * tokens * (2 * widest + 6 * spec.width) + 4 * spec.vocab * s.sequences
+    kv, why = _grown_cache(spec, s, c)
+    state = recurrent_bytes(spec, s.quant, s.sequences)
     terms = []
     for i in range(n):
         device = f"gpu{i}" if cards else "host"
         def share(bytes: int, i: int = i) -> int:
             return bytes * (i + 1) // n - bytes * i // n
-        terms += [exact("weights", device, share(total), f"parameters as {s.engine} holds them"),
-                  exact("kv_cache", device, share(c.kv), _cache_why(s, c))]
-        if c.recurrent:
-            terms.append(exact("recurrent", device, share(c.recurrent), _STATE))
-        terms.append(modelled("compute", device, activations, activations * 0.5, activations * 2,
-                              f"activations of {tokens} prompt tokens and a row of logits a sequence"))
+        terms += [exact("weights", device, share(total), f"parameters as {s.engine} holds them" + (
+                      "; while they load, their shards' pages beside them, which the system takes back" if not cards else
+                      "; one block of this size is reserved before they load")),
+                  exact("kv_cache", device, share(kv), why)]
+        if state:
+            terms.append(exact("recurrent", device, share(state), "state of recurrent layers, a row a sequence"))
+        terms.append(compute_term(spec, s.quant, s.context, s.sequences, s.flash_attention, device, bool(cards)))
         if cards:
-            terms.append(_overhead(cards[i], device))
+            terms.append(overhead_term(cards[i], device, s.engine, n, s.display, here.context_of(cards[i])))
     if cards:
         terms.append(exact("weights", "host", 0, "nothing stays in RAM once loaded"))
     return terms
 
 
-def overhead_high(card: Gpu) -> int:
-    """The most bytes of a card that are not a model's to use."""
-    return _overhead(card, "").high
+def _grown_cache(spec: ModelSpec, s: Settings, c: CacheBytes) -> tuple[int, str]:
+    """transformers' cache has the type of the activations, unless a quantized one is asked for."""
+    type = cache_type(spec, s.quant)
+    if {*s.kv} <= {"f32", "f16", "bf16"}:
+        c = cache_bytes(spec, s.context, type, engine=s.engine, sequences=s.sequences, flash_attention=s.flash_attention)
+        return c.kv, f"{c.cells} tokens, K and V in {type} as the activations are"
+    return c.kv, _cache_why(s, c)
 
 
-def compute_high(spec: ModelSpec, context: int, ubatch: int) -> int:
-    """The high estimate of the compute buffer on a card that holds the whole model, flash attention on."""
-    return int(compute_bytes(spec, context, ubatch) * 1.1)
+def request(s: Settings) -> Request:
+    """What the compute buffers depend on."""
+    return Request(s.context, s.micro, s.flash_attention, s.kv, s.sequences, s.unified, s.swa_full)
 
 
 def _cache_why(s: Settings, c: CacheBytes) -> str:
     cells = f"{c.cells} cells" + (f", {c.cells_sliding} in sliding layers" if c.sliding else "")
     return f"{cells}, K {s.kv[0]}, V {s.kv[1]}"
-
-
-def _repackable(spec: ModelSpec, w: Weights) -> int:
-    return sum(size for tensor, type, size in zip(spec.tensors, w.types, w.bytes, strict=True)
-               if type in REPACKED and len(tensor.shape) == 2 and tensor.name != "token_embd.weight")
-
-
-def _compute(spec: ModelSpec, s: Settings, w: Weights, device: str, with_output: bool, output_on_host: bool) -> Term:
-    tokens = min(s.context, s.micro)
-    full = compute_bytes(spec, s.context, s.micro, s.flash_attention, s.sequences)
-    least = 4 * tokens * 2 * spec.width
-    copied = w.head if output_on_host else 0
-    best = (full if with_output or output_on_host else max(least, full - 4 * tokens * spec.vocab)) + copied
-    why = f"largest working buffer for {tokens} tokens at a time, closed form"
-    if copied:
-        why += "; and the output matrix, which large batches copy to the card"
-    experts = w.largest_expert if s.n_cpu_moe else 0
-    return modelled("compute", device, best, min(least, best), max(best * 1.1, best + experts), why)
-
-
-def _host_compute(spec: ModelSpec, s: Settings, beside_card: bool) -> Term:
-    if beside_card:
-        best = host_compute_bytes(spec, s.context, s.micro)
-        return modelled("compute", "host", best, best * 0.9, best * 1.1, "attention mask and input for one such batch")
-    best = compute_bytes(spec, s.context, s.micro, s.flash_attention, s.sequences)
-    return modelled("compute", "host", best, best * 0.9, best * 1.15,
-                    f"largest working buffer for {min(s.context, s.micro)} tokens at a time, closed form")
-
-
-def _overhead(card: Gpu, device: str) -> Term:
-    """Driver context; and for a catalogued card what the driver keeps and a desktop may use (a live card's free memory
-    already leaves those out)."""
-    low, best, high = CONTEXT_OVERHEAD
-    if card.free is not None:
-        return modelled("overhead", device, best, low, high, "driver context and kernels")
-    kept_low, kept, kept_high = card.reserved
-    display = DESKTOP_DISPLAY if card.kind in ("desktop", "laptop") and not card.unified else 0
-    return modelled("overhead", device, best + kept, low + kept_low, high + kept_high + display,
-                    "driver context and kernels, what the driver keeps; the high end with a desktop on the same card")

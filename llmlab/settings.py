@@ -1,13 +1,18 @@
 """What a fit depends on besides the model and the cards, checked once."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from .catalog import overheads
 from .errors import LabError
 from .formats.mixes import MIXES, find_mix
 from .memory import cache_types, check_settings, checked_integer, default_quant, known_engine, weights
-from .shapes import ModelSpec
+from .projectors import Projector, projector
+from .shapes import ModelSpec, model_spec
+
+MOST_VOCAB_APART = 128        # rows by which a draft's vocabulary may differ from its model's (llama.cpp)
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Settings:
     kv: tuple[str, str] = ("f16", "f16")
     engine: str = "llama.cpp"
     gpu_layers: int | str = "auto"
-    n_cpu_moe: int = 0
+    n_cpu_moe: int | str = 0
     split: tuple[float, ...] | None = None
     sequences: int = 1
     batch: int = 2048
@@ -28,11 +33,22 @@ class Settings:
     importance: bool = False
     swa_full: bool = False
     unified: bool = False
+    display: str | bool | None = None
+    utilization: float | None = None
+    projector: Projector | None = None
+    draft: ModelSpec | None = None
+    draft_quant: str | None = None
+    mtp: bool = False
 
     @property
     def micro(self) -> int:
         """Tokens of one graph: llama.cpp takes no ubatch larger than the batch."""
         return min(self.ubatch, self.batch)
+
+    @property
+    def share(self) -> float:
+        """The share of a card that vLLM reserves: its gpu_memory_utilization."""
+        return self.utilization or overheads()["vllm-util"].value
 
 
 def check(spec: ModelSpec, given: Mapping) -> Settings:
@@ -50,16 +66,74 @@ def check(spec: ModelSpec, given: Mapping) -> Settings:
     if not isinstance(layers, str) or layers != "auto":
         layers = min(count, checked_integer("gpu_layers", layers, 0, 10**9,
                                             f"give 'auto' or a number from 0 to {count} (blocks, and the output)"))
-    moe = checked_integer("n_cpu_moe", given["n_cpu_moe"], 0, 10**9,
-                          f"give how many blocks keep their experts on the host, 0 to {count - 1}")
+    moe = given["n_cpu_moe"]
+    if not isinstance(moe, str) or moe != "auto":
+        moe = checked_integer("n_cpu_moe", moe, 0, 10**9,
+                              f"give 'auto', or how many blocks keep their experts on the host, 0 to {count - 1}")
     split = _split(given["split"])
-    if engine != "llama.cpp" and (layers != "auto" or moe or split):
-        named = "gpu_layers" if layers != "auto" else "n_cpu_moe" if moe else "split"
-        raise LabError(f"{engine} has no {named}: it loads a model whole; leave it out, or engine='llama.cpp'")
+    beside = _beside(spec, given)
+    _only_llama_cpp(engine, {"gpu_layers": layers != "auto", "n_cpu_moe": moe, "split": split, **beside})
     whole = {name: int(given[name]) for name in ("context", "sequences", "batch", "ubatch")}
     switches = {name: bool(given[name]) for name in ("flash_attention", "importance", "swa_full", "unified")}
     return Settings(quant=quant, kv=cache_types(given["kv"]), engine=engine, gpu_layers=layers, n_cpu_moe=moe, split=split,
-                    **whole, **switches)
+                    display=_display(given.get("display")), utilization=_utilization(given.get("utilization"), engine),
+                    **whole, **switches, **beside)
+
+
+def _only_llama_cpp(engine: str, asked: Mapping) -> None:
+    """Raise LabError where another engine is asked for what only llama.cpp has."""
+    named = next((name for name, value in asked.items() if value), None)
+    if engine != "llama.cpp" and named:
+        remedy = "it loads a model whole; leave it out" if named in ("gpu_layers", "n_cpu_moe", "split") else "leave it out"
+        raise LabError(f"{engine} has no {named} here: {remedy}, or engine='llama.cpp'")
+
+
+def _beside(spec: ModelSpec, given: Mapping) -> dict:
+    """What lies in memory beside the model: a projector, a draft model in its own quant, multi-token prediction."""
+    found = {"projector": None, "draft": None, "draft_quant": None, "mtp": bool(given.get("mtp"))}
+    if given.get("projector") is not None:
+        found["projector"] = projector(given["projector"])
+    if found["mtp"] and not any(layer.mtp for layer in spec.layers):
+        raise LabError(f"{spec.name} has no multi-token-prediction blocks; leave mtp out, or draft with a smaller model")
+    if given.get("draft") is None:
+        if given.get("draft_quant") is not None:
+            raise LabError("draft_quant is the quant of a draft model; name one with draft")
+        return found
+    draft = model_spec(given["draft"])
+    if found["mtp"]:
+        raise LabError("a draft model and multi-token prediction do the same; choose draft or mtp")
+    if abs(draft.vocab - spec.vocab) > MOST_VOCAB_APART:
+        raise LabError(f"{draft.name} has a vocabulary of {draft.vocab:,} and {spec.name} one of {spec.vocab:,}; "
+                       "choose a draft of the same family")
+    quant = default_quant(draft, given.get("draft_quant"))
+    quant = quant if quant == draft.stored else find_mix(quant).name
+    _belongs(MIXES[quant].engine if quant in MIXES else "llama.cpp", quant, "llama.cpp")
+    return {**found, "draft": draft, "draft_quant": quant}
+
+
+def _display(given) -> str | bool | None:
+    """Whether a card also shows the desktop: None not known, False no, "linux" or "windows"; True: as on this computer."""
+    if given is None or given is False:
+        return given
+    name = ("windows" if sys.platform == "win32" else "linux") if given is True else str(given).strip().lower()
+    if name not in ("linux", "windows"):
+        raise LabError(f"display is {str(given)[:40]!r}; give False, 'linux' or 'windows', or leave it out")
+    return name
+
+
+def _utilization(given, engine: str) -> float | None:
+    """The share of a card that vLLM reserves."""
+    if given is None:
+        return None
+    try:
+        share = float(given)
+    except (TypeError, ValueError, OverflowError):
+        share = 0.0
+    if isinstance(given, bool) or not 0 < share <= 1:
+        raise LabError(f"utilization is {str(given)[:40]!r}; give the share of a card that vLLM may take, like 0.9")
+    if engine != "vllm":
+        raise LabError(f"utilization is vLLM's reservation; leave it out with {engine}, or engine='vllm'")
+    return share
 
 
 def _split(given) -> tuple[float, ...] | None:

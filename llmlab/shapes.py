@@ -36,7 +36,7 @@ class ModelSpec:
     source: str                          # "catalogue", "config", "gguf", "hub"
     stored: str | None = None            # quant of a GGUF, as its general.file_type says
     dtype: str = "BF16"                  # of the checkpoint
-    path: str | None = None
+    path: str | None = None              # of the GGUF (on the hub: owner/repo/file) or the config.json it was read from
     file_bytes: int | None = None
     header_bytes: int | None = None
     config: Mapping[str, object] | None = field(default=None, repr=False)
@@ -243,7 +243,7 @@ def _from_config_file(path: Path, mtp: bool | None) -> ModelSpec:
             raise
         raise BadConfig(f"{path} is not JSON: {str(error)[:80]}") from None
     name = path.parent.name if path.name == "config.json" else path.stem
-    return from_config(fields, name or "config", where=str(path), mtp=mtp)
+    return replace(from_config(fields, name or "config", where=str(path), mtp=mtp), path=str(path))
 
 
 def from_config(fields: dict, name: str, source: str = "config", where: str = "config.json",

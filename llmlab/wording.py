@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING
 
 from .errors import LabError
+from .overhead import desktop
 from .settings import LADDERS
-from .units import format_bytes
+from .units import MIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from .fitting import Device, Report
@@ -26,7 +27,7 @@ def answer(r: "Report") -> str:
         return (f"{what} does not fit the RAM beside {names}: {format_bytes(host.used)} of {format_bytes(host.free)} there, "
                 f"{r.gpu_layers} of {r.layers} layers on the card{_s(r)}.{_beyond(r)}")
     if r.partial:
-        whole = r.with_(gpu_layers=r.layers)
+        whole = r.whole
         need = [d for name, d in whole.devices.items() if name != "host"]
         text = (f"{what} does not fit {names}: it needs {format_bytes(sum(d.used for d in need))}, and there are "
                 f"{format_bytes(sum(d.free for d in need))}.")
@@ -34,20 +35,68 @@ def answer(r: "Report") -> str:
             return (f"{text} With the rest in RAM it does not fit either: {format_bytes(host.used)} of "
                     f"{format_bytes(host.free)} there.{_beyond(r)}")
         if not r.gpu_layers:
-            return f"{text} Not one layer goes on the card{_s(r)}.{_beyond(r)}"
+            return f"{text} Not one layer goes on the card{_s(r)}.{_held_by_others(whole)}{_beyond(r)}"
         goes = "layer goes" if r.gpu_layers == 1 else "layers go"
         return (f"{text} {r.gpu_layers} of {r.layers} {goes} on the card{_s(r)}, {format_bytes(r.total('weights', 'host'))} of "
-                f"weights stay in RAM.{_beyond(r)}")
+                f"weights stay in RAM.{_held_by_others(whole)}{_beyond(r)}")
     text = f"{what} {_SAYS[r.verdict]} {names}: {_sum(cards)}"
-    fullest = max(cards, key=lambda d: d.used / max(d.free, 1))
     if r.verdict == "may spill":
-        text += f", between {format_bytes(fullest.low)} and {format_bytes(fullest.high)}"
+        text += f"{_range(cards)}{_why_it_may_spill(r, cards)}"
     in_ram = r.total("weights", "host")
     if r.gpu_layers < r.layers:
         text += f", {r.gpu_layers} of {r.layers} layers on the card{_s(r)}, {format_bytes(in_ram)} of weights in RAM"
-    elif r.settings.n_cpu_moe and r.spec.experts:
-        text += f", {format_bytes(in_ram)} of weights in RAM"
-    return f"{text}.{_beyond(r)}"
+    elif r.n_cpu_moe and r.spec.experts:
+        text += f", the experts of {_blocks(r.n_cpu_moe)} in RAM ({format_bytes(in_ram)} of weights)"
+    return f"{text}.{_pool(r)}{_held_by_others(r)}{_beyond(r)}"
+
+
+def _blocks(n: int) -> str:
+    return f"{n} block{'s' if n != 1 else ''}"
+
+
+def _range(cards: "list[Device]") -> str:
+    """The range of the card on which it is closest."""
+    d = max((d for d in cards if d.verdict == "may spill"), key=lambda d: d.high - d.free, default=None)
+    return f", between {format_bytes(d.low)} and {format_bytes(d.high)}" if d else ""
+
+
+def _why_it_may_spill(r: "Report", cards: "list[Device]") -> str:
+    """What decides, where it can be named: a desktop on the card; other programs are named apart."""
+    spills = [(card, d) for card, d in zip(r.cards, cards, strict=True) if d.verdict == "may spill"]
+    shown = [desktop(card, r.settings.display) for card, _ in spills]
+    if spills and all(part and d.high - part.high <= d.free for part, (_, d) in zip(shown, spills, strict=True)):
+        return f"; it fits unless a desktop on the card takes up to {format_bytes(max(p.high for p in shown), 0)}"
+    if any(reserved.starts != "fits" for reserved in r.reserved):
+        most = max(r.reserved, key=lambda reserved: reserved.requested - reserved.free_at_start[0])
+        return (f"; vLLM starts only where the {format_bytes(most.requested, 1)} it reserves are free, and there may be "
+                f"{format_bytes(max(most.free_at_start[0], 0), 1)}")
+    return ""
+
+
+def _pool(r: "Report") -> str:
+    """What vLLM's reservation leaves for pages."""
+    if not r.reserved or r.verdict == "does not fit":
+        return ""
+    least = min(r.reserved, key=lambda reserved: reserved.concurrent)
+    each = r.settings.context // r.settings.sequences
+    return (f" vLLM reserves {r.settings.share:.0%} of the card{_s(r)}, which leaves {format_bytes(least.pool[1])} for KV "
+            f"pages: {least.concurrent:.1f} requests of {each:,} tokens at once.")
+
+
+def others(r: "Report") -> int:
+    """Bytes of the live cards that other programs hold now, beyond what a driver keeps."""
+    return sum(max(card.memory - card.free - card.reserved[2], 0) for card in r.cards if card.free is not None
+               and not card.unified)
+
+
+def _held_by_others(r: "Report") -> str:
+    """Other programs, where without them the verdict would be another."""
+    held = others(r)
+    if r.fits or held < 100 * MIB:
+        return ""
+    more = all(d.high <= d.free + max(card.memory - card.free - card.reserved[2], 0)
+               for card, d in zip(r.cards, r.devices.values(), strict=False) if card.free is not None)
+    return f" Other programs hold {format_bytes(held)} of the card{_s(r)} now{'; without them it fits' if more else ''}."
 
 
 def _sum(cards: "list[Device]") -> str:
@@ -69,10 +118,23 @@ def _listed(names: list[str]) -> str:
 
 
 def _beyond(r: "Report") -> str:
-    trained = r.spec.context_train
-    if trained and r.settings.context // r.settings.sequences > trained:
-        return f" The model was trained for {trained:,} tokens; beyond that its answers decay."
-    return ""
+    if not r.beyond_training:
+        return ""
+    stretched = stretch(r.spec)
+    return (f" The model was trained for {r.spec.context_train:,} tokens{f' ({stretched})' if stretched else ''}; beyond that "
+            "its answers decay.")
+
+
+def stretch(spec) -> str:
+    """How a model's positions were stretched to reach its context: "rope scaled 8-fold, llama3"; "" where they were not."""
+    kind, factor = spec.metadata.get("rope.scaling.type"), spec.metadata.get("rope.scaling.factor")
+    if not kind and spec.config:
+        given = spec.config.get("rope_scaling") or spec.config.get("rope_parameters") or {}
+        kind = given.get("rope_type") or given.get("type") if hasattr(given, "get") else None
+        factor = given.get("factor") if kind else None
+    if kind in (None, "none", "default"):
+        return ""
+    return f"rope scaled {factor:g}-fold, {kind}" if isinstance(factor, (int, float)) else f"rope scaled, {kind}"
 
 
 def trust(r: "Report") -> str:
@@ -82,48 +144,76 @@ def trust(r: "Report") -> str:
     counted = sum(t.bytes for t in r.terms if t.device in names and t.kind == "exact")
     low, high, used = (sum(getattr(d, what) for d in where) for what in ("low", "high", "used"))
     place = "in RAM" if not r.cards else "on the card" if len(where) == 1 else f"on {len(where)} cards"
-    return (f"Memory {place}: {format_bytes(counted)} exact, {format_bytes(used - counted)} modelled; "
+    measured = sum(t.bytes for t in r.terms if t.device in names and t.kind == "measured")
+    text = (f"Memory {place}: {format_bytes(counted)} exact, {format_bytes(used - counted - measured)} modelled"
+            f"{f', {format_bytes(measured)} measured' if measured else ''}; "
             f"between {format_bytes(low)} and {format_bytes(high)} in all.")
+    if r.cards and r.verdict != "fits" and _on_windows(r):
+        text += (" Under Windows the driver moves what is too much to RAM it calls shared GPU memory: no error, but many times "
+                 "slower.")
+    return text
+
+
+def _on_windows(r: "Report") -> bool:
+    return r.settings.display == "windows" or bool(r.machine and (r.machine.wsl or r.machine.system.startswith("Windows")))
 
 
 def speed(r: "Report") -> str:
-    """Modelled speed with its band; "" where a card's rates are not known."""
-    said = [f"{what} about {_rate(rates)}{where}" for what, rates, where in (
-        ("decode", r.speed.decode_tps, " with the context full"), ("prefill", r.speed.prefill_tps, "")) if rates]
-    return f"Speed, modelled: {', '.join(said)}." if said else ""
+    """Modelled speed with its band and what bounds it; "" where a card's rates are not known."""
+    decode, prefill, start, first = r.speed.decode_tps, r.speed.prefill_tps, r.speed.start_tps, r.speed.first_token
+    if not decode:
+        return ""
+    begins = f", {_plain(start[1])} at its start" if start[1] > 1.05 * decode[1] else ""
+    said = [f"decode about {_plain(decode[1])} tokens/s with the context full{begins} ({_plain(decode[0])} to {_plain(decode[2])})"]
+    if prefill:
+        said.append(f"prefill about {_rate(prefill)}")
+    wait = f"; a prompt that fills the context takes {format_seconds(first[1])} to the first token" if first else ""
+    return f"Speed, modelled: {', '.join(said)}{wait}. {r.speed.why}".strip()
 
 
 def _rate(rates: tuple[float, float, float]) -> str:
     """`"52 tokens/s (39 to 63)"`: the best guess and its band."""
-    low, best, high = (f"{r:,.0f}" if r >= 10 else f"{r:.1f}" for r in rates)
+    low, best, high = map(_plain, rates)
     return f"{best} tokens/s ({low} to {high})"
+
+
+def _plain(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def hint(r: "Report") -> str:
     """The nearest settings that would fit for certain, or what more there is room for."""
     now = r.settings
-    # "auto" fits where all layers fit: asking for all of them spares the search for a split, at every step
-    whole = r.with_(gpu_layers=r.layers) if now.gpu_layers == "auto" and now.engine == "llama.cpp" else r
+    whole = r.whole
     context, quant = whole.largest_context(), whole.best_quant()
     all_trained = context and context >= r.spec.context_train * now.sequences // 256 * 256
     if r.fits:
-        more = [f"{context:,} tokens of context{', all it was trained for' if all_trained else ''}"] if (
+        if now.n_cpu_moe == "auto" and r.n_cpu_moe:
+            return ""                    # there is room for more only by moving more experts to RAM
+        more = [f"{context:,} tokens of context{_together(r)}{', all it was trained for' if all_trained else ''}"] if (
             context > now.context) else []
         more += [f"{quant} at this context"] if quant and _rank(r, quant) < _rank(r, now.quant) else []
         return f"There is room for {' or for '.join(more)}." if more else ""
     ways = []
+    if share := _share_that_starts(r):
+        ways.append(f"reserving {share:.0%} of the card{_s(r)} (utilization={share:g})")
     if now.engine == "llama.cpp" and now.kv == ("f16", "f16") and _fits(whole, kv="q8_0"):
         ways.append("with the KV cache in q8_0")
     if blocks := _experts_in_ram(whole):
-        ways.append(f"with the experts of {blocks} blocks in RAM")
+        ways.append(f"with the experts of {blocks} of {len(r.spec.blocks)} blocks in RAM")
     if context and context < now.context:
-        ways.append(f"with the {context:,} tokens of context it was trained for" if all_trained
-                    else f"with at most {context:,} tokens of context")
+        ways.append(f"with the {context:,} tokens of context{_together(r)} it was trained for" if all_trained
+                    else f"with at most {context:,} tokens of context{_together(r)}")
     if quant and quant != now.quant:
         ways.append(f"in {quant}{', which costs much quality' if quant.startswith(('IQ1', 'IQ2', 'Q2')) else ''}")
     if ways:
         return f"It would fit for certain {', '.join(ways[:-1])}{' or ' if len(ways) > 1 else ''}{ways[-1]}."
     return "No quant and no context is small enough for this to fit whole."
+
+
+def _together(r: "Report") -> str:
+    """Whose context it is, where several requests share one."""
+    return f" for {r.settings.sequences} requests together" if r.settings.sequences > 1 else ""
 
 
 def _fits(r: "Report", **changes) -> bool:
@@ -133,16 +223,21 @@ def _fits(r: "Report", **changes) -> bool:
         return False
 
 
+def _share_that_starts(r: "Report") -> float:
+    """The largest share, in whole percent, with which vLLM starts and the model fits for certain; 0 where there is none."""
+    if all(reserved.starts == "fits" for reserved in r.reserved):
+        return 0
+    least = min(reserved.free_at_start[0] / reserved.requested for reserved in r.reserved)
+    share = int(r.settings.share * least * 100) / 100
+    return share if share > 0 and _fits(r, utilization=share) else 0
+
+
 def _experts_in_ram(r: "Report") -> int:
     """The fewest blocks whose experts must stay in RAM for the rest to fit the cards; 0 where that is no way."""
-    count = len(r.spec.blocks)
-    if not (r.cards and r.spec.experts and r.settings.engine == "llama.cpp") or not _fits(r, n_cpu_moe=count):
+    if not (r.cards and r.spec.experts and r.settings.engine == "llama.cpp") or r.settings.n_cpu_moe == "auto":
         return 0
-    low, high = r.settings.n_cpu_moe, count
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _fits(r, n_cpu_moe=middle) else (middle + 1, high)
-    return high
+    found = r.with_(n_cpu_moe="auto")
+    return found.n_cpu_moe if found.fits and found.n_cpu_moe > r.n_cpu_moe else 0
 
 
 def _rank(r: "Report", quant: str) -> int:

@@ -43,7 +43,7 @@ def test_nothing_is_missing():
     assert len(catalog.entries()) == 99 and len(catalog.models()) == 99
     assert len(catalog.gpus()) == 171
     assert len(catalog.links()) == 100
-    assert len(catalog.overheads()) == 106
+    assert len(catalog.overheads()) == 109
     assert [len(table(name)) for name in ("quality_llama3_8b.csv", "measured_speeds.csv", "benchmark_scores.csv")] \
         == [34, 66, 692]
 

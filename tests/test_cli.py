@@ -40,6 +40,32 @@ def test_size_and_mix(capsys):
     assert "importance matrix" in out
 
 
+def test_what_fits_a_card(capsys):
+    status, out, _ = run(capsys, "fits", "rtx-3060-12gb", "--context", "4k", "--kv", "q8_0,q4_0")
+    lines = out.splitlines()
+    assert status == 0 and "pairs fit whole with 4,096 tokens" in lines[0]
+    assert lines[1].split() == ["model", "params", "rtx-3060-12gb"]
+    assert len(lines) > 90 and any(line.split()[:1] == ["llama-3-8b"] and "Q8_0" in line for line in lines)
+    _, out, _ = run(capsys, "fits", "rtx-3060-12gb", "rtx-4090-24gb", "--json")
+    rows = json.loads(out)
+    assert {"model", "params", "rtx-3060-12gb", "rtx-4090-24gb"} == set(rows[0])
+    assert next(r for r in rows if r["model"] == "deepseek-v3")["rtx-3060-12gb"] is None
+
+
+def test_what_lies_beside_and_how_much_vllm_reserves(capsys):
+    _, out, _ = run(capsys, "fit", "qwen2.5-7b", "--gpu", "rtx-3060-12gb", "--draft", "qwen2.5-0.5b", "--draft-quant", "Q8_0",
+                    "--projector", "1 GiB", "--display", "none", "--json")
+    gpu = json.loads(out)["devices"]["gpu0"]
+    assert gpu["projector"] > 2**30 and gpu["draft"] > 3e8 and gpu["draft_cache"] == 8192 * 12288
+    _, out, _ = run(capsys, "fit", "llama-3-8b", "--gpu", "rtx-4090-24gb", "--engine", "vllm", "--quant", "BF16",
+                    "--utilization", "0.8", "--display", "none")
+    assert "vLLM reserves 80% of the card" in out
+    _, out, _ = run(capsys, "fit", "qwen3-30b-a3b", "--gpu", "rtx-3060-12gb", "--n-cpu-moe", "auto")
+    assert "the experts of" in out
+    _, out, _ = run(capsys, "fit", "glm-4.5-air", "--gpu", "rtx-pro-6000-blackwell-96gb", "--mtp", "--json")
+    assert json.loads(out)["devices"]["gpu0"]["mtp"] > 0
+
+
 def test_thousands_of_tokens_may_be_written_k(capsys):
     _, out, _ = run(capsys, "fit", "llama-3-8b", "--gpu", "rtx-3060-12gb", "--context", "32k", "--json")
     assert json.loads(out)["devices"]["gpu0"]["kv_cache"] == 4 * 2**30
@@ -55,6 +81,22 @@ def test_tables_and_doctor(capsys):
         assert status == 0 and json.loads(out)
 
 
+def test_doctor_calibrates_first_when_asked(capsys, monkeypatch, tmp_path):
+    from llmlab import hardware
+    monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path))
+    calibrate, asked = hardware.Machine.calibrate, []
+
+    def quickly(self, seconds=25.0, progress=None, store=True):
+        asked.append(progress)
+        return calibrate(self, 1, progress, store)
+
+    monkeypatch.setattr(hardware.Machine, "calibrate", quickly)
+    status, out, err = run(capsys, "doctor", "--calibrate", "--json")
+    assert status == 0 and json.loads(out)["calibration"]["answer"].startswith("Measured ") and err == ""
+    status, out, _ = run(capsys, "doctor")
+    assert status == 0 and "RAM is read at" in out and asked == [False]
+
+
 @pytest.mark.parametrize("argv, says", [
     (["fit", "lama-3-8b"], "did you mean"), (["fit", "llama-3-8b", "--gpu", "rtx-9999"], "rtx"),
     (["fit", "llama-3-8b", "--context", "-5"], "context"), (["size", "llama-3-8b", "Q4_Z"], "Q4_"),
@@ -64,6 +106,11 @@ def test_tables_and_doctor(capsys):
     (["fit", "llama-3-8b", "--gpu", "none", "--gpu", "none"], "none"),
     (["fit", "llama-3-8b", "--host", "0"], "host"), (["fit", "llama-3-8b", "--host", "9" * 400], "size"),
     (["fit", "/dev/zero"], "regular file"), (["fit", "llama-3-8b", "--context", "lots"], "context"),
+    (["fit", "llama-3-8b", "--n-cpu-moe", "some"], "n_cpu_moe"), (["fits", "rtx-9999"], "rtx"), (["fits", "--kv", "q9"], ""),
+    (["fit", "llama-3-8b", "--gpu", "3090", "--display", "beos"], "display"),
+    (["fit", "llama-3-8b", "--gpu", "3090", "--utilization", "2"], "utilization"),
+    (["fit", "llama-3-8b", "--gpu", "3090", "--projector", "gone.gguf"], "gone.gguf"),
+    (["fit", "llama-3-8b", "--gpu", "3090", "--mtp"], "multi-token"),
     (["fetch", "llama-3-8b"], "catalogue"), (["fit", "llama-3-8b", "--quant", "Q9"], "Q4_K_M")])
 def test_bad_input_gets_one_line_and_status_2(capsys, argv, says):
     status, out, err = run(capsys, *argv)

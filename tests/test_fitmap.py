@@ -26,6 +26,14 @@ def test_more_memory_never_fits_less():
     assert "1 model on 171 cards" in found.answer and found.count() == sum(q is not None for q in found.best[0])
 
 
+def test_as_a_table():
+    found = fit_map(["llama-3-8b", "smollm2-135m"], ["rtx-4090-24gb", "gtx-1060-6gb"], context=4096)
+    rows = list(found.table)
+    assert [row["model"] for row in rows] == ["smollm2-135m", "llama-3-8b"]
+    assert list(rows[1]) == ["model", "params", "gtx-1060-6gb", "rtx-4090-24gb"]
+    assert (rows[1]["gtx-1060-6gb"], rows[1]["rtx-4090-24gb"]) == found.best[1] and "8.03 B" in str(found.table)
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(LabError, match="context"):
         fit_map(context=0)

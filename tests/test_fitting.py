@@ -57,6 +57,50 @@ def test_experts_stay_on_the_host_where_asked():
     assert not whole.fits and fit(spec, "rtx-3060-12gb", gpu_layers=49, n_cpu_moe=48).fits
 
 
+def test_experts_go_to_ram_only_as_far_as_they_must():
+    for name, card, context in (("qwen3-30b-a3b", "rtx-3060-12gb", 8192), ("qwen3-30b-a3b", "rtx-4060-ti-16gb", 32768),
+                                ("gpt-oss-120b", "rtx-4090-24gb", 16384), ("glm-4.5-air", ["rtx-3090-24gb"] * 2, 8192)):
+        auto = fit(name, card, context=context, n_cpu_moe="auto")
+        n = auto.n_cpu_moe
+        assert auto.fits and 0 < n <= len(auto.spec.blocks) and auto.gpu_layers == auto.layers
+        assert auto.terms == fit(name, card, context=context, n_cpu_moe=n).terms
+        assert n == 1 or not fit(name, card, context=context, n_cpu_moe=n - 1).fits
+        assert auto.settings.n_cpu_moe == "auto" and auto.with_(context=context * 2).n_cpu_moe >= n
+        assert f"experts of {n} block" in auto.answer
+    assert fit("qwen3-30b-a3b", "h100-sxm5-80gb", n_cpu_moe="auto").n_cpu_moe == 0
+    assert fit("llama-3-8b", "rtx-3060-12gb", n_cpu_moe="auto").n_cpu_moe == 0
+    assert fit("qwen3-30b-a3b", None, n_cpu_moe="auto", host="64 GiB").n_cpu_moe == 0
+
+
+def test_where_even_the_dense_part_is_too_large_all_experts_and_some_layers_stay_in_ram():
+    report = fit("deepseek-v3", "rtx-3060-12gb", n_cpu_moe="auto")
+    assert report.verdict == "does not fit" and report.partial and report.n_cpu_moe == len(report.spec.blocks)
+    assert 0 < report.gpu_layers < report.layers
+    device = report.devices["gpu0"]
+    assert device.high <= device.free
+
+
+def test_a_given_split_puts_on_each_card_what_it_says_and_each_is_judged():
+    cards = ["rtx-4090-24gb", "gtx-1060-6gb"]
+    even = fit("qwen2.5-32b", cards, split=(1, 1))
+    assert even.verdict == "does not fit" and even.partial and even.gpu_layers < even.layers
+    forced = fit("qwen2.5-32b", cards, split=(1, 1), gpu_layers=65)
+    assert forced.devices["gpu0"].verdict == "fits" and forced.devices["gpu1"].verdict == "does not fit"
+    assert forced.verdict == "does not fit" and not forced.partial
+    by_memory = fit("qwen2.5-32b", cards, gpu_layers=65)
+    first, second = (by_memory.total("weights", f"gpu{i}") for i in (0, 1))
+    assert first > 3 * second
+
+
+def test_uneven_free_memory_sets_the_split():
+    card = catalog.gpu("rtx-3090-24gb")
+    busy = fit("llama-3-70b", [replace(card, free=23 * GIB), replace(card, free=8 * GIB)], gpu_layers=81, quant="IQ2_M")
+    first, second = (busy.total("weights", f"gpu{i}") for i in (0, 1))
+    assert 2.2 < first / second < 3.6
+    none = fit("llama-3-70b", [card, replace(card, free=0)], gpu_layers=20)
+    assert none.total("weights", "gpu1") == 0
+
+
 def test_several_cards_share_by_the_split():
     report = fit("llama-3-70b", ["rtx-3090-24gb", "rtx-3060-12gb"], split=(3, 1), gpu_layers=81)
     first, second = (report.total("weights", f"gpu{i}") for i in (0, 1))
@@ -144,6 +188,19 @@ def test_json_has_the_promised_shape():
     assert said["file_bytes"] is None and said["tensor_bytes"] == 4912898048 and len(said["speed"]["decode_tps"]) == 3
 
 
+def test_json_says_more_only_where_there_is_more():
+    moe = fit("qwen3-30b-a3b", "rtx-3060-12gb", n_cpu_moe="auto").to_dict()
+    assert moe["n_cpu_moe"] > 0 and "reserved" not in moe and "beyond_training" not in moe
+    served = json.loads(json.dumps(fit("llama-3-8b", "rtx-4090-24gb", engine="vllm", quant="BF16", context=16384).to_dict()))
+    assert served["beyond_training"] == 8192 and set(served["reserved"][0]) == {"requested", "pool", "concurrent"}
+
+
+def test_another_draft_has_its_own_quant():
+    report = fit("qwen2.5-7b", "rtx-3090-24gb", draft="qwen2.5-0.5b", draft_quant="Q8_0")
+    assert report.with_(draft="qwen2.5-1.5b").settings.draft_quant == "Q4_K_M"
+    assert report.with_(draft=None).total("draft") == 0 and report.with_(context=4096).settings.draft_quant == "Q8_0"
+
+
 def test_largest_context_is_the_largest():
     report = fit("llama-3.1-8b", "rtx-3060-12gb")
     largest = report.largest_context()
@@ -163,7 +220,7 @@ def test_best_quant_is_the_first_that_fits():
 
 def test_words():
     assert fit("llama-3-8b", "rtx-3060-12gb").answer == (
-        "Llama 3 8B in Q4_K_M with 8,192 tokens of context fits GeForce RTX 3060 12GB: 6.26 GiB of 12.00 GiB.")
+        "Llama 3 8B in Q4_K_M with 8,192 tokens of context fits GeForce RTX 3060 12GB: 6.23 GiB of 12.00 GiB.")
     assert "layers go on the card" in fit("llama-3-70b", "rtx-4090-24gb").answer
     assert "trained for 8,192" in fit("llama-3-8b", "rtx-4090-24gb", context=16384).answer
     assert "2 x GeForce RTX 3090" in fit("llama-3-70b", ["rtx-3090-24gb"] * 2).answer
@@ -214,10 +271,48 @@ def test_unified_memory_is_one_memory():
     assert fit("llama-3-8b", "jetson-orin-nx-16gb").fits
 
 
+@given(st.sampled_from(["llama-3-8b", "gemma-3-12b", "qwen3-30b-a3b", "smollm2-135m"]),
+       st.sampled_from([row["id"] for row in catalog.gpus() if catalog.gpu(row["id"]).unified]),
+       st.integers(512, 65536), st.integers(0, 60), st.sampled_from([None, "8 GiB", "16 GiB", "48 GiB"]))
+@settings(max_examples=60, deadline=None)
+def test_one_memory_is_not_spent_twice(name, card, context, layers, host):
+    """Where a chip shares its RAM and the report says it fits, both sums together leave the system its part."""
+    report = fit(name, card, context=context, gpu_layers=layers, host=host)
+    card_, ram = report.devices["gpu0"], report.devices["host"]
+    twice = weights(report.spec, "Q4_K_M").tied if report.cards[0].vendor == "Apple" and report.gpu_layers else 0
+    held = card_.used - report.cards[0].reserved[1] + ram.used - twice
+    assert card_.capacity == ram.capacity
+    if host:
+        assert ram.capacity <= int(host.split()[0]) * GIB
+    if report.fits:
+        assert held <= ram.capacity - min(2 * GIB, ram.capacity // 8)
+
+
+@given(st.sampled_from(["llama-3-8b", "qwen3-30b-a3b", "gemma-3-27b", "qwen3.5-9b"]), st.integers(1, 40), st.integers(1, 8),
+       st.sampled_from(["llama.cpp", "vllm", "transformers"]), st.sampled_from([0, "auto", 7]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_more_memory_never_makes_it_worse(name, size, more, engine, moe, live):
+    ranks = {"does not fit": 0, "may spill": 1, "fits": 2}
+    card = catalog.gpu("rtx-4090-24gb")
+    quant = {"llama.cpp": "Q4_K_M", "vllm": "AWQ_INT4", "transformers": "NF4"}[engine]
+    sizes = [replace(card, free=gib * GIB) if live else replace(card, id="x", memory=gib * GIB) for gib in (size, size + more)]
+    small, large = (fit(name, one, quant=quant, engine=engine, n_cpu_moe=moe if engine == "llama.cpp" else 0) for one in sizes)
+    assert ranks[small.verdict] <= ranks[large.verdict]
+    assert small.gpu_layers <= large.gpu_layers and small.n_cpu_moe >= large.n_cpu_moe or engine != "llama.cpp"
+    for report in (small, large):
+        for device in report.devices.values():
+            mine = [t for t in report.terms if t.device == device.name]
+            assert [sum(getattr(t, what) for t in mine) for what in ("low", "bytes", "high")] == [
+                device.low, device.used, device.high]
+
+
 def test_a_card_with_no_layers_still_computes():
-    """llama.cpp copies the output matrix over for large batches: 548.18 MiB printed for a Qwen2.5 3B with no layer there."""
+    """llama.cpp copies the output matrix over for large batches: 548.18 MiB printed for a Qwen2.5 3B with no layer there, by
+    a build that kept one more row of activations (see test_graphs)."""
     report = fit("qwen2.5-3b", "gtx-1660-ti-6gb", gpu_layers=0, context=4096)
-    assert round(report.total("compute", "gpu0") / MIB, 2) == 548.18
+    assert round((report.total("compute", "gpu0") + 4 * 512 * 2048) / MIB, 2) == 548.18
+    compute = next(t for t in report.terms if (t.name, t.device) == ("compute", "gpu0"))
+    assert compute.low <= 548.18 * MIB <= compute.high
 
 
 def test_per_layer_embeddings_split_as_llama_cpp_splits_them():
@@ -252,7 +347,7 @@ def test_more_sequences_share_a_longer_context():
 
 def test_each_engine_has_its_own_ladder():
     assert fit("llama-3-8b", "rtx-3060-12gb", quant="NF4", engine="transformers").best_quant() == "NF4"
-    assert fit("llama-3-8b", "rtx-3060-12gb", quant="AWQ_INT4", engine="vllm").best_quant() == "FP8"
+    assert fit("llama-3-8b", "rtx-4080-16gb", quant="AWQ_INT4", engine="vllm", display=False).best_quant() == "FP8"
     with pytest.raises(LabError, match="zz"):
         fit("llama-3-8b", "rtx-3060-12gb").best_quant(["zz"])
     with pytest.raises(LabError, match="ladder"):

@@ -11,7 +11,7 @@ from llmlab.catalog import entries, entry
 from llmlab.errors import LabError
 from llmlab.formats import FORMATS
 from llmlab.formats.mixes import MIXES
-from llmlab.memory import cache_bytes, card_bytes, compute_bytes, loaded_bytes, mix_of, size_of, tensor_bytes, weights
+from llmlab.memory import cache_bytes, card_bytes, loaded_bytes, mix_of, size_of, tensor_bytes, weights
 from llmlab.shapes import from_config, model_spec
 from llmlab.units import MIB
 
@@ -171,8 +171,7 @@ def test_cache_by_hand():
 def test_latent_attention_keeps_one_row():
     spec = model_spec("deepseek-v3")
     assert cache_bytes(spec, 4096).kv == 61 * 4096 * 576 * 2
-    unpacked = cache_bytes(spec, 4096, engine="transformers").kv
-    assert unpacked == 61 * 4096 * 128 * (192 + 128) * 2
+    assert cache_bytes(spec, 4096, engine="transformers").kv == 61 * 4096 * 576 * 2     # measured with transformers 5.23
 
 
 def test_a_model_that_shares_caches_pays_once():
@@ -225,12 +224,3 @@ def test_a_longer_context_never_costs_less(name, context, sequences, unified, kv
         return
     assert 0 <= here.kv <= more.kv and here.recurrent == more.recurrent
     assert sum(here.by_layer) == here.kv and here.cells >= context - sequences + 1
-
-
-def test_compute_by_the_closed_forms():
-    spec = model_spec("llama-3-8b")
-    older = 4 * 512 * spec.width                     # builds up to early 2025 kept one activation less and printed 258.50
-    assert compute_bytes(spec, 512, flash_attention=False) - older == int(258.5 * MIB)
-    assert compute_bytes(spec, 8192, flash_attention=False) == pytest.approx(560 * MIB, rel=1e-3)
-    assert compute_bytes(model_spec("qwen3-30b-a3b"), 32768) == pytest.approx(304.75 * MIB, rel=1e-4)
-    assert compute_bytes(model_spec("qwen2.5-3b"), 4096) == pytest.approx(304.75 * MIB, rel=1e-4)
