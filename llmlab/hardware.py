@@ -13,13 +13,15 @@ import re
 import shutil
 import socket
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 
 import psutil
 
-from . import catalog, drivers, places
+from . import calibrated, catalog, drivers, places
+from .calibrated import Calibration
+from .errors import LabError
 from .units import GIB, format_bytes
 
 _ROOT = Path("/")
@@ -63,6 +65,30 @@ class Machine:
     versions: dict[str, str]
     torch_build: str | None  # "cpu", "cuda 13.0", "rocm 6.4"; None without torch
     missing: tuple[tuple[str, str], ...]  # (name, what it means here)
+    calibration: Calibration | None = None  # what calibrate() measured, here or in an earlier process
+    calibration_note: str | None = None  # why a stored calibration is not this machine's, or cannot be read
+
+    @property
+    def facts(self) -> dict:
+        """What a calibration belongs to; another card, driver, processor or RAM, and it is another machine's."""
+        return calibrated.machine_facts(self.cpu.name, self.cpu.cores, self.cpu.usable, self.ram_limit or self.ram_total,
+                                        (card.name for card in self.cards), self.versions.get("NVIDIA driver", ""))
+
+    def calibrate(self, seconds: float = 25.0, progress=None, store: bool = True) -> Calibration:
+        """Measures this computer in some 25 seconds, 30 at most: RAM, multiplication by type, copies to cards, cold
+        reads of the disk. Stored in llmlab's cache, where `machine()` finds it, and set here as `calibration`.
+
+        progress(done, text) is called with the share done; None shows a bar in a notebook and lines on stderr elsewhere,
+        False nothing. Interrupted, nothing changes. Raises LabError where torch is missing or `seconds` is no time.
+        """
+        try:
+            from . import calibration
+        except ImportError as error:
+            raise LabError(f"calibrating needs {error.name or 'torch'}, which is not installed; pip install torch") from error
+        found = calibration.calibrate(self, seconds, progress, store)
+        object.__setattr__(self, "calibration", found)  # the one thing that a machine learns while it is looked at
+        object.__setattr__(self, "calibration_note", None)
+        return found
 
     @property
     def unified(self) -> bool:
@@ -78,7 +104,8 @@ class Machine:
 
     def to_dict(self) -> dict:
         """Plain values for JSON; what is not known is None."""
-        return _jsonable(asdict(self))
+        plain = asdict(replace(self, calibration=None))
+        return _jsonable(plain | {"calibration": self.calibration and self.calibration.to_dict()})
 
 
 @dataclass(frozen=True)
@@ -101,7 +128,20 @@ class Doctor:
         lines.append(("versions", ", ".join(f"{k} {v}{build.get(k, '')}" for k, v in m.versions.items())))
         lines.append(("models", f"{len(self.models)} found on this computer" if self.models else
                       "none on this computer yet: llmlab fetch smollm2-135m gets a small one (98 MB)"))
+        lines += self._calibrated()
         return lines + [("missing", f"{name}: {meaning}") for name, meaning in m.missing]
+
+    def _calibrated(self) -> list[tuple[str, str]]:
+        m, found = self.machine, self.machine.calibration
+        how = "llmlab doctor --calibrate, or machine.calibrate(), measures it in half a minute"
+        if not found:
+            return [("measured", f"{m.calibration_note or 'nothing of this machine yet'}; {how}")]
+        lines = [("measured", found.answer)]
+        changed = [f"{name} {found.versions[name]}" for name in ("torch", "NVIDIA driver")
+                   if name in found.versions and found.versions[name] != m.versions.get(name)]
+        if changed:
+            lines.append(("measured", f"with {' and '.join(changed)}, not what is here now; {how}"))
+        return lines + [("measured", line) for line in found.lines()]
 
     def _card(self, at: int, card: catalog.Gpu) -> str:
         used = ""
@@ -136,11 +176,13 @@ def machine() -> Machine:
     versions, build = _versions() | ({"NVIDIA driver": driver} if driver else {}), _torch_build()
     disks = _disks(_ROOT, (places.cache(), Path.cwd(), Path.home()))
     cpu = _cpu(_ROOT, limits.cpus)
-    return Machine(
+    here = Machine(
         name=socket.gethostname(), system=_system(), wsl=_is_wsl(_ROOT), cpu=cpu, ram_total=memory.total,
         ram_available=max(0, available), ram_limit=limit, swap_total=swap.total, cards=cards, disks=disks,
         versions=versions, torch_build=build,
         missing=tuple(notes + _lacking(cards, notes, versions, build, disks, cpu)))
+    found, note = calibrated.read(here.facts)
+    return replace(here, calibration=found, calibration_note=note)
 
 
 def doctor() -> Doctor:
@@ -204,6 +246,9 @@ _FEATURES = {"f16c": "f16c", "avx": "avx", "avx2": "avx2", "avx_vnni": "avx_vnni
              "asimd": "neon", "neon": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve"}
 
 
+_APPLE_FEATURES = {"asimddp": "FEAT_DotProd", "i8mm": "FEAT_I8MM", "bf16": "FEAT_BF16"}
+
+
 def _cpu(root: Path, quota: float | None) -> Cpu:
     text = drivers.read(root / "proc/cpuinfo")
     fields: dict[str, str] = {}
@@ -213,7 +258,9 @@ def _cpu(root: Path, quota: float | None) -> Cpu:
     name = fields.get("model name") or fields.get("Model") or drivers.read(root / "proc/device-tree/model")
     if sys.platform == "darwin":
         name = drivers.sysctl("machdep.cpu.brand_string") or name
-        words = words or ["asimd"] * (platform.machine() == "arm64")
+        if not words and platform.machine() == "arm64":
+            words = ["asimd", *(word for word, said in _APPLE_FEATURES.items()
+                                if drivers.sysctl(f"hw.optional.arm.{said}").strip() == "1")]
     threads = psutil.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads
     if quota:
