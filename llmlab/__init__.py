@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 _FACE = {  # public name -> (module, name there)
     "model": ("shapes", "model_spec"), "models": ("catalog", "models"), "gpu": ("catalog", "gpu"),
     "gpus": ("catalog", "gpus"), "machine": ("hardware", "machine"), "doctor": ("hardware", "doctor"),
-    "fit": ("fitting", "fit"), "fit_map": ("fitmap", "fit_map"), "size": ("memory", "size_of"), "mix": ("memory", "mix_of"),
+    "fit": ("fitting", "fit"), "fit_map": ("fitmap", "fit_map"), "measured": ("reconcile", "measured"),
+    "size": ("memory", "size_of"), "mix": ("memory", "mix_of"),
     "fetch": ("sources", "fetch"), "local_models": ("sources", "local_models"),
     "LabError": ("errors", "LabError"), "formats": ("formats", None),
 }
