@@ -1,6 +1,7 @@
 """The panel without a browser: pure figures, the state, the view over it, and what the page is sent."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import llmlab
 from llmlab import wording
 from llmlab.errors import LabError
 from llmlab.fitting import Report
-from llmlab.lab import Chart, FitExplorer, FitState, LiveFigure, options
+from llmlab.lab import Chart, FitExplorer, FitState, LiveFigure, live, options
 from llmlab.lab.figures import fit_figure, fit_picture, map_figure
 from llmlab.lab.presets import PRESETS
-from llmlab.lab.state import SETTINGS, THIS_MACHINE
+from llmlab.lab.state import DEFAULTS, SETTINGS, THIS_MACHINE
 from llmlab.lab.style import TERMS
 from llmlab.units import parse_bytes
 
@@ -82,7 +83,7 @@ def test_names_are_shown_as_text_not_as_markup():
     spec = llmlab.shapes.from_config(config, "<img src=x onerror=alert(1)>")
     panel = FitExplorer(model=spec)
     assert "&lt;img" in panel.said.html and "<img" not in panel.said.html
-    assert "<img" not in str(map_figure(llmlab.fit_map([spec], ["rtx-3090-24gb"])).data[0].text)
+    assert "<img" not in str(map_figure(llmlab.fit_map([spec], ["rtx-3090-24gb"])).data[0].customdata)
 
 
 @pytest.mark.parametrize("figure", [lambda: llmlab.fit("llama-3-8b", "rtx-3060-12gb").figure(),
@@ -99,10 +100,14 @@ def test_the_map_shows_what_fits_best_where():
     heat = map_figure(found).data[0]
     rank = {quant: len(found.ladder) - at for at, quant in enumerate(found.ladder)}
     for i, row in enumerate(found.best):
-        assert [rank.get(quant) for quant in row] == list(heat.z[i])
+        assert [rank.get(quant) for quant in row] == levels(heat.z[i])
         assert all((quant or "no quant fits") in text for quant, text in zip(row, heat.text[i], strict=True))
-    assert heat.z[1][0] is None and heat.z[0][2] == len(found.ladder)
-    assert found.models[0].title in heat.text[0][0] and found.cards[2].name in heat.text[0][2]
+    assert levels(heat.z[1])[0] is None and heat.z[0][2] == len(found.ladder)
+    assert found.models[0].title in heat.customdata[0][0] and found.cards[2].name in heat.customdata[0][2]
+
+
+def levels(row) -> list[float | None]:
+    return [level or None for level in row]
 
 
 # ---- the state ----------------------------------------------------------------------------------------------
@@ -125,7 +130,11 @@ def test_several_changes_make_one_report(state):
 BAD = {"model": ["gpt-9", "", 3, None, "/nowhere/x.gguf"], "quant": ["Q9_9", 4, "AWQ_INT4"],
        "context": [0, -5, 2.5, "many", True], "kv": ["x", 8, ("f16",), "fp8"],
        "card": ["rtx-9999", 3.5, ["rtx-9999"]], "cards": [0, -1, 1.5, "two", 99],
-       "gpu_layers": [-1, "all", 1.5], "n_cpu_moe": [-1, "all"], "sequences": [0, -2, "two"]}
+       "gpu_layers": [-1, "all", 1.5], "n_cpu_moe": [-1, "all"], "sequences": [0, -2, "two"],
+       "engine": ["x", 3, None], "batch": [0, "many"], "ubatch": [0, 1.5], "split": ["a,b", (3, 1), (-1,)],
+       "host": ["much", -1, 0], "display": ["amiga"], "utilization": [0, 2, "all", 0.9], "projector": ["x", -1],
+       "draft": ["gpt-9", "qwen2.5-7b"], "draft_quant": ["Q4_K_M"], "mtp": [True]}
+SWITCHES = {"flash_attention", "importance", "swa_full", "unified"}      # on or off: nothing is wrong
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
@@ -138,7 +147,7 @@ def test_what_cannot_be_used_is_said_and_the_last_good_report_stays(state, name,
 
 
 def test_every_setting_is_tried_with_something_bad():
-    assert set(BAD) == set(SETTINGS)
+    assert set(BAD) | SWITCHES == set(SETTINGS)
 
 
 def test_results_cannot_be_set_and_names_are_checked(state):
@@ -171,7 +180,7 @@ def test_every_cell_of_the_map_that_fits_is_coloured():
     found = llmlab.fit_map(["gpt-oss-20b", "llama-3-8b"], ["gtx-1060-6gb", "rtx-4060-ti-16gb"])
     assert "MXFP4_MOE" in found.best[1]
     drawn = map_figure(found).data[0].z
-    assert [[z is not None for z in row] for row in drawn] == [[quant is not None for quant in row] for row in found.best]
+    assert [[z is not None for z in levels(row)] for row in drawn] == [[bool(quant) for quant in row] for row in found.best]
 
 
 # ---- words --------------------------------------------------------------------------------------------------
@@ -200,7 +209,8 @@ def test_what_is_exact_and_what_is_modelled_add_up():
     assert exact == pytest.approx(sum(t.bytes for t in on_card if t.kind == "exact"), abs=0.01 * GIB)
     assert [exact + modelled, low, high] == pytest.approx([device.used, device.low, device.high], abs=0.02 * GIB)
     low, best, high = report.speed.decode_tps
-    assert wording.speed(report).startswith(f"Speed, modelled: decode about {best:.0f} tokens/s ({low:.0f} to {high:.0f})")
+    said = wording.speed(report)
+    assert said.startswith(f"Speed, modelled: decode about {best:.0f} tokens/s") and f"({low:.0f} to {high:.0f})" in said
 
 
 # ---- the view -----------------------------------------------------------------------------------------------
@@ -209,15 +219,18 @@ def widgets(top) -> list[w.Widget]:
     return [top, *(found for child in getattr(top, "children", ()) for found in widgets(child))]
 
 
+SHOWN = ("model", "quant", "context", "kv", "card", "cards", "gpu_layers", "n_cpu_moe", "sequences")      # at first sight
+
+
 def test_the_state_moves_the_widgets(panel):
     panel.state.update(model="mixtral-8x22b", quant="Q3_K_S", context=5000, kv=("q8_0", "f16"), card="rtx-3090-24gb",
                        cards=3, gpu_layers=20, n_cpu_moe=7, sequences=2)
-    shown = {name: getattr(panel, name).value for name in SETTINGS}
-    assert shown == panel.state.settings and not panel.auto.value
+    shown = {name: getattr(panel, name).value for name in SHOWN}
+    assert shown == {name: panel.state.settings[name] for name in SHOWN} and not panel.auto.value
     assert bars(panel.chart.figure) == bars(fit_picture(panel.state.report))
-    assert panel.context.label == "5,000" and panel.gpu_layers.max == 57 and panel.n_cpu_moe.layout.display is None
+    assert panel.context.label == "5,000" and panel.gpu_layers.max == 57 and panel._experts.layout.display is None
     panel.state.model = "llama-3-8b"
-    assert panel.n_cpu_moe.layout.display == "none"
+    assert panel._experts.layout.display == "none"
 
 
 def test_the_widgets_move_the_state(panel):
@@ -227,7 +240,7 @@ def test_the_widgets_move_the_state(panel):
     panel.gpu_layers.value = 11
     asked = {"model": "qwen2.5-7b", "card": "rtx-3090-24gb", "quant": "IQ4_XS", "kv": "q8_0", "cards": 2, "sequences": 3,
              "context": 32768, "gpu_layers": 11, "n_cpu_moe": 0}
-    assert panel.state.settings == asked and not panel.auto.value
+    assert panel.state.settings == DEFAULTS | asked and not panel.auto.value
     panel.auto.value = True
     assert panel.state.gpu_layers == "auto" and panel.gpu_layers.value == panel.state.report.gpu_layers == 29
     assert panel.answer == panel.state.answer in panel.said.html
@@ -348,6 +361,16 @@ def test_an_index_never_leaves_its_range(panel):
     assert len(sent) > 5 and all(index < count for index, count in sent)
 
 
+def test_plotlys_script_is_sent_once_for_all_figures():
+    figures = [LiveFigure({"data": [], "layout": {}}) for _ in range(2)]
+    (where,) = {figure.get_state()["_library"] for figure in figures}
+    library = live._library()
+    assert where == f"IPY_MODEL_{library.model_id}" and "export{" in library.script and len(library.script) > 1e6
+    assert all(len(json.dumps(figure.get_state(), default=str)) < 50_000 for figure in figures)
+    library.close()
+    assert live._library() is not library and live._library() is live._library()
+
+
 def test_texts_stand_in_for_what_cannot_be_drawn(panel):
     assert repr(panel) == f"<{panel.answer}>"
     assert repr(Chart(fit_figure(panel.state.report), "memory by device")) == "<memory by device>"
@@ -361,12 +384,15 @@ def test_the_three_layers_are_not_mixed():
     def used(name):
         return {n for node in ast.walk(ast.parse((LAB / name).read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
                 for n in [getattr(node, "module", None) or "", *(a.name for a in node.names)]}
-    for pure in ("figures.py", "options.py", "style.py"):
+    for pure in ("figures.py", "options.py", "style.py", "compare.py", "share.py", "engines.py"):
         assert not used(pure) & {"ipywidgets", "traitlets", "anywidget"}, pure
-    assert not used("state.py") & {"ipywidgets", "plotly", "anywidget"}
-    assert not used("fit_panel.py") & {"fit", "fitting", "memory", "units", "plotly"}
-    tree = ast.parse((LAB / "fit_panel.py").read_text())
-    assert not [n for n in ast.walk(tree) if isinstance(n, ast.BinOp) and isinstance(n.op, (ast.Mult, ast.Div, ast.Pow))]
+    for state in ("state.py", "map_state.py"):
+        assert not used(state) & {"ipywidgets", "plotly", "anywidget"}, state
+    for view in ("fit_panel.py", "map_panel.py", "panel.py", "folds.py", *(f"boxes/{p.name}" for p in LAB.glob("boxes/*.py"))):
+        assert not used(view) & {"fit", "fitting", "fitmap", "memory", "units", "plotly"}, view
+        maths = [n for n in ast.walk(ast.parse((LAB / view).read_text())) if isinstance(n, ast.BinOp)
+                 and isinstance(n.op, (ast.Mult, ast.Div, ast.Pow)) and not isinstance(n.left, (ast.List, ast.ListComp))]
+        assert not maths, view
 
 
 def test_a_report_of_the_state_is_a_plain_report(state):

@@ -1,11 +1,66 @@
 """What needs the page's help: Chart (stays true, fills its width), Words (read aloud), Keys (a panel's keys are its own)."""
 
 from collections.abc import Iterator
+from html import escape
 
 import anywidget
 import ipywidgets as w
+import numpy as np
+import plotly
 import plotly.graph_objects as go
 import traitlets as t
+
+
+class _Library(anywidget.AnyWidget):
+    """plotly's own script, sent to a page once for all its figures: 5 MB each otherwise, and half a second of the page's
+    only thread each, while anywidget gives every widget two seconds to be there."""
+
+    _esm = "export default {};"
+    script = t.Unicode().tag(sync=True)
+
+
+_libraries: list[_Library] = []
+
+
+def _library() -> _Library:
+    """The one of this kernel, made anew where somebody closed all widgets."""
+    if not _libraries or _libraries[-1].comm is None:
+        _libraries[:] = [_Library(script=str(go.FigureWidget._esm))]
+    return _libraries[-1]
+
+
+# A figure is there at once; plotly's part of it begins when the library has been read, and catches up on what was said.
+_FIGURE = """
+const name = "llmlab-plotly-VERSION";
+const said = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate", "removeLayoutProps",
+              "removeTraceProps"].map(what => "_py2js_" + what);
+const library = async model => {
+    const holder = await model.widget_manager.get_model(model.get("_library").slice("IPY_MODEL_".length));
+    const place = URL.createObjectURL(new Blob([holder.get("script")], { type: "text/javascript" }));
+    try { return (await import(place)).default; } finally { URL.revokeObjectURL(place); }
+};
+export default () => {
+    let figure;
+    return {
+        initialize({ model }) {
+            const missed = [];
+            const heard = said.map(what => [what, () => {
+                if (model.get(what) !== null) missed.push([what, model.get(what)]);
+            }]);
+            heard.forEach(([what, hear]) => model.on("change:" + what, hear));
+            globalThis[name] ??= library(model).catch(error => { delete globalThis[name]; throw error; });
+            figure = globalThis[name].then(plotly => {
+                const made = plotly();
+                heard.forEach(([what, hear]) => model.off("change:" + what, hear));
+                made.initialize({ model });
+                for (const [what, value] of missed) { model.set(what, null); model.set(what, value); }
+                return made;
+            });
+        },
+        async render(context) { return (await figure).render(context); },
+    };
+};
+""".replace("VERSION", plotly.__version__)
 
 
 class LiveFigure(go.FigureWidget):
@@ -17,11 +72,19 @@ class LiveFigure(go.FigureWidget):
     watches them.
     """
 
+    _esm = _FIGURE
+    _library = t.Unicode().tag(sync=True)      # where the page finds plotly
+
+    @t.default("_library")
+    def _where(self) -> str:
+        return f"IPY_MODEL_{_library().model_id}"
+
     def __init__(self, figure: dict | go.Figure):
         self._last = figure if isinstance(figure, dict) else figure.to_dict()
         super().__init__(figure)
         self._built = True
-        self._config = {**self._config, "displayModeBar": False, "responsive": True}
+        self._config = {**self._config, "responsive": True, "displaylogo": False, "modeBarButtons": [["toImage"]],
+                        "toImageButtonOptions": {"format": "png", "scale": 2, "filename": "llmlab"}}
 
     def present(self, figure: dict) -> None:
         """Bring the chart to `figure`, {"data", "layout"} with the same traces in the same order, in one message.
@@ -42,7 +105,7 @@ class LiveFigure(go.FigureWidget):
         state = super().get_state(key, drop_defaults)
         if key is None and self.__dict__.get("_built"):      # before that there is no figure to hand out
             # plotly forgets what the page reports as its own default, "showlegend": False too; so over what was presented
-            now = _over(self._last, self.to_dict())
+            now = _over(_plain(self._last), self.to_dict())
             state["_widget_data"], state["_widget_layout"] = now["data"], now["layout"]
         return state
 
@@ -55,12 +118,30 @@ def _changes(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, object
     for key, value in new.items():
         if isinstance(value, dict):
             yield from _changes(old.get(key) or {}, value, f"{path}{key}.")
-        elif key not in old or old[key] != value:
+        elif key not in old or not _same(old[key], value):
             yield f"{path}{key}", value
 
 
+def _same(one, other) -> bool:
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    return one == other
+
+
+def _plain(value):
+    """Arrays as lists, which a new page can read."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) and value and isinstance(value[0], dict) else value
+
+
 def _over(under, top):
-    """`top`, and of `under` what `top` does not say: dicts by key, lists of dicts by place."""
+    """`top`, and of `under` what `top` does not say: dicts by key, lists of dicts by place. An array that plotly has written
+    in its own way is as it was presented."""
+    if isinstance(top, np.ndarray) or isinstance(top, dict) and "bdata" in top:
+        return under
     if isinstance(under, dict) and isinstance(top, dict):
         return {**under, **{key: _over(under.get(key), value) for key, value in top.items()}}
     if isinstance(top, (list, tuple)) and isinstance(under, (list, tuple)) and len(top) == len(under) and all(
@@ -108,6 +189,10 @@ class Words(anywidget.AnyWidget):
     replaces the region too, and is silent)."""
 
     html = t.Unicode().tag(sync=True)
+
+    def say(self, text: str) -> None:
+        """Plain text, whatever it has in it."""
+        self.html = escape(text)
 
     _esm = """
     export default { render({ model, el }) {

@@ -4,16 +4,17 @@ from functools import lru_cache
 
 from .. import catalog
 from ..errors import LabError
-from ..formats.mixes import MIXES
-from ..memory import CACHE_TYPES, size_of
+from ..fitting import QUANT_LADDER
+from ..levers import UTILIZATIONS
+from ..memory import size_of
 from ..shapes import ModelSpec
 from ..sources import local_models
 from ..units import format_bytes, format_count
+from .engines import CACHES, quant_names
 from .state import THIS_MACHINE
 
 Options = list[tuple[str, object]]
-
-CACHES: Options = [(name, name) for name in CACHE_TYPES if name != "fp8"] + [("K q8_0, V q4_0", ("q8_0", "q4_0"))]
+NOTHING = ""      # stands for None: a list of ipywidgets shows an empty line for that, whatever its label
 
 
 def models() -> Options:
@@ -27,7 +28,7 @@ def models() -> Options:
 def cards() -> Options:
     """This machine, its RAM alone, then the catalogue."""
     rows = map(catalog.gpu, (row["id"] for row in catalog.gpus()))
-    return [("this machine, as it is now", THIS_MACHINE), ("no card: this machine's RAM alone", None)] + [
+    return [("this machine, as it is now", THIS_MACHINE), ("no card: this machine's RAM alone", NOTHING)] + [
         (f"{c.name} · {format_bytes(c.memory, 0)}" if not _says_memory(c) else c.name, c.id) for c in rows]
 
 
@@ -35,12 +36,16 @@ def _says_memory(card: catalog.Gpu) -> bool:
     return card.name.replace(" ", "").endswith(format_bytes(card.memory, 0).replace(" GiB", "GB"))
 
 
+def caches(engine: str) -> Options:
+    """The KV cache types an engine has."""
+    return [(name if isinstance(name, str) else "K {}, V {}".format(*name), name) for name in CACHES[engine]]
+
+
 @lru_cache(maxsize=64)
-def quants(spec: ModelSpec) -> tuple[tuple[str, str], ...]:
-    """llama.cpp's quants that can hold the model, largest first; a GGUF's own is named."""
-    names = {name for name, mix in MIXES.items() if mix.engine == "llama.cpp"} | ({spec.stored} - {None})
+def quants(spec: ModelSpec, engine: str = "llama.cpp") -> tuple[tuple[str, str], ...]:
+    """The engine's quants that can hold the model, largest first; a GGUF's own is named."""
     sizes = []
-    for name in names:
+    for name in quant_names(engine, spec.stored):
         try:
             sizes.append(size_of(spec, name))
         except LabError:
@@ -63,3 +68,52 @@ def matching(options: Options, text: str) -> Options:
     """Those whose label or value has every word of `text` in it."""
     words = text.casefold().split()
     return [(label, value) for label, value in options if all(word in f"{label} {value}".casefold() for word in words)]
+
+
+def shares(split) -> str:
+    """A split as one types it."""
+    return ",".join(f"{share:g}" for share in split) if isinstance(split, (tuple, list)) else split or ""
+
+
+def memory(size) -> str:
+    """A size as one types it, or a name; "" for none given."""
+    return "" if size is None else format_bytes(size) if isinstance(size, (int, float)) else str(size)
+
+
+def utilizations() -> Options:
+    """Shares of a card that vLLM may reserve; nothing given: its own."""
+    return [("as vLLM does by itself", NOTHING), *((f"{share:.2f}", share) for share in UTILIZATIONS)]
+
+
+@lru_cache(maxsize=64)
+def drafts(spec: ModelSpec) -> tuple[tuple[str, str], ...]:
+    """No draft, or a model of the catalogue with the same vocabulary and at most half the weights."""
+    def vocab(entry) -> int:
+        config = entry.config
+        return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0
+
+    fit = [e for e in catalog.entries().values() if 2 * e.params_total <= spec.params and abs(vocab(e) - spec.vocab) <= 128]
+    return (("none", NOTHING), *((f"{e.name} · {format_count(e.params_total)}", e.id) for e in fit))
+
+
+# ---- the map ------------------------------------------------------------------------------------------------
+
+def families() -> Options:
+    """All of the catalogue, or a family of it."""
+    return [("all models", "all"), *named(dict.fromkeys(e.family for e in catalog.entries().values()))]
+
+
+def map_contexts(also: int) -> Options:
+    """Powers of two from 512 to 2^20, and `also`."""
+    return [(f"{n:,}", n) for n in sorted({2**k for k in range(9, 21)} | {also})]
+
+
+def floors() -> Options:
+    """Steps of llama.cpp's ladder, any at all first."""
+    return [(f"any quant, down to {QUANT_LADDER[-1]}", QUANT_LADDER[-1]),
+            *((f"{quant} or better", quant) for quant in QUANT_LADDER[:-1])]
+
+
+def named(names) -> Options:
+    """Names that stand for themselves."""
+    return [(name, name) for name in names]

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .state import FitState
-
-DEFAULTS = {name: trait.default_value for name, trait in FitState.class_traits().items() if not trait.read_only}
+from .state import DEFAULTS, FitState
 
 
 @dataclass(frozen=True)

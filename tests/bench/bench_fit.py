@@ -118,7 +118,7 @@ def fit_calls(spec, cards: list, settings: dict) -> dict[str, Callable[[], Calla
     def new_quant():
         ask()                           # what belongs to the model alone is known
         table = spec.__dict__["_remembered"]
-        for key in [key for key in table if key[0] in ("types", "weights")]:
+        for key in [key for key in table if key[0].__name__ in ("types", "weights")]:
             del table[key]
         return ask
 

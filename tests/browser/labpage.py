@@ -18,6 +18,45 @@ FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-bac
 # "widget model not found": JupyterLab draws stored outputs before it has fetched the kernel's widgets, and then again.
 NOT_OURS = ("widget model not found", "favicon", "/api/kernels", "jupyterlab-news", "apputils-extension:notification",
             "ResizeObserver loop")
+THEMES = ("JupyterLab Light", "JupyterLab Dark")
+READABLE = 3.0     # contrast: WCAG 2's bound for large text and for parts of charts; #808080 on white has 3.95
+
+_CONTRAST = """where => {                        // [text, contrast] of every text of the panel, WCAG 2's formula
+    const rgb = text => (text.match(/[\\d.]+/g) || []).map(Number);
+    const linear = v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    const light = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+    const behind = el => {
+        for (; el; el = el.parentElement) {
+            const c = rgb(getComputedStyle(el).backgroundColor);
+            if (c.length === 3 || c[3] > .9) return c;
+        }
+        return [255, 255, 255];
+    };
+    const texts = [...document.querySelectorAll(where + ' *')].filter(el =>
+        [...el.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && el.getClientRects().length
+        && !['OPTION', 'STYLE'].includes(el.tagName) && !el.closest('.bars'));      // a bar's label stands on its colour
+    return texts.map(el => {
+        const svg = el instanceof SVGElement;
+        const color = light(rgb(svg ? getComputedStyle(el).fill : getComputedStyle(el).color));
+        const paper = light(behind(svg ? el.closest('.js-plotly-plot') : el));
+        return [el.textContent.trim().slice(0, 30), (Math.max(color, paper) + .05) / (Math.min(color, paper) + .05)];
+    }); }"""
+
+_OVERFLOW = """where => {                        // what sticks out of the panel, and texts of the chart on top of each other
+    const panel = document.querySelector(where), edge = panel.getBoundingClientRect();
+    const out = box => box.width && (box.right > edge.right + 1.5 || box.left < edge.left - 1.5);
+    const found = [...panel.querySelectorAll('*')]
+        .filter(el => !el.closest('svg, table') && !el.matches('.noUi-origin') && out(el.getBoundingClientRect()))
+        .map(el => el.className);
+    const texts = [...panel.querySelectorAll('.main-svg text')].map(t => [t.textContent, t.getBoundingClientRect()])
+        .filter(([text, box]) => text && box.width > 1);
+    texts.forEach(([text, a], i) => {
+        if (out(a)) found.push('outside: ' + text);
+        for (const [other, b] of texts.slice(0, i))
+            if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
+                && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3) found.push(`${text} over ${other}`);
+    });
+    return found; }"""
 
 
 @contextlib.contextmanager
@@ -183,20 +222,30 @@ class Notebook:
             .filter(s => s.getClientRects().length)
             .findIndex(s => s.querySelector('label').textContent === words)""", description)
 
-    def latencies(self, presses: int) -> list[float]:
-        """Milliseconds from an arrow key on the context slider until the chart is drawn anew, in the page's own time."""
-        self.panel().locator(".widget-slider [role=slider]:visible").nth(self.slider("context")).focus()
-        self.page.evaluate("""() => {
-            const chart = document.querySelector('.llmlab-fit .js-plotly-plot');
+    def contrast(self, where: str) -> list[list]:
+        """[text, contrast] of every text in an element."""
+        return self.page.evaluate(_CONTRAST, where)
+
+    def overflow(self, where: str) -> list[str]:
+        """What sticks out of an element, and texts of its chart on top of each other. A wide table scrolls."""
+        return self.page.evaluate(_OVERFLOW, where)
+
+    def latencies(self, presses: int, control=None, keys=("ArrowRight", "ArrowLeft"), where=".llmlab-fit") -> list[float]:
+        """Milliseconds from a key on a control (none: the context slider) until the chart is drawn anew, in the page's own
+        time. The two keys take turns, so that what one changes the other brings back."""
+        control = control or self.panel().locator(".widget-slider [role=slider]:visible").nth(self.slider("context"))
+        control.focus()
+        self.page.evaluate("""where => {
+            const chart = document.querySelector(where + ' .js-plotly-plot');
             window.pressed = null; window.took = [];
             if (chart.timed) return;
             chart.timed = true;
             document.addEventListener('keydown', () => { window.pressed = performance.now(); }, true);
             chart.on('plotly_afterplot', () => {
                 if (window.pressed !== null) window.took.push(performance.now() - window.pressed);
-                window.pressed = null; }); }""")
+                window.pressed = null; }); }""", where)
         for press in range(presses):
-            self.page.keyboard.press("ArrowLeft" if press % 2 else "ArrowRight")
+            self.page.keyboard.press(keys[press % 2])
             self.page.wait_for_function("count => window.took.length === count", arg=press + 1, timeout=10_000)
             self.page.wait_for_timeout(60)
         return self.page.evaluate("() => window.took")
