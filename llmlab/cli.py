@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import asdict
 
 from .errors import LabError
 
@@ -147,7 +148,7 @@ def _fit(a: argparse.Namespace, rest: list[str]) -> None:
             print(command, end="")
         return
     if a.json:
-        _print_json(report.to_dict() | ({"levers": list(report.levers().table)} if a.levers else {}))
+        _print_json(report.to_dict() | ({"levers": [asdict(lever) for lever in report.levers()]} if a.levers else {}))
         return
     for line in (report.answer, wording.hint(report), wording.trust(report), wording.speed(report)):
         if line:

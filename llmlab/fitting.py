@@ -13,6 +13,7 @@ from .beside import anything, beside_terms, rows_drafted
 from .catalog import Gpu
 from .errors import LabError
 from .memory import Term, cache_bytes, weights
+from .overhead import Measured
 from .placing import NOWHERE, Here, assignment, free_bytes, placed_terms, whole_terms
 from .rates import USUAL, Rates, host_named, of_machine
 from .reserving import Reservation, check_parallel, reservations, vllm_terms
@@ -29,7 +30,11 @@ MOST_HOST = 2**60                 # bytes; more RAM than anyone has, and still a
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device of a report, bytes. `free` is what this model may use; `low` and `high` bound `used`."""
+    """One device of a report, bytes. `free` is what this model may use; `low` and `high` bound `used`.
+
+    `returned`: of `used`, pages of the file that are not read again once their tensors are laid out anew; the system takes
+    them back where it needs them, so they decide nothing.
+    """
 
     name: str
     title: str
@@ -38,12 +43,18 @@ class Device:
     used: int
     low: int
     high: int
+    returned: int = 0
+
+    @property
+    def needed(self) -> int:
+        """Bytes that have to be there: `used` without what is `returned`."""
+        return self.used - self.returned
 
     @property
     def verdict(self) -> str:
-        if self.high <= self.free:
+        if self.high - self.returned <= self.free:
             return "fits"
-        return "may spill" if self.low <= self.free else "does not fit"
+        return "may spill" if self.low - self.returned <= self.free else "does not fit"
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Report:
         s = check(self.spec, {**self.settings.__dict__, **changes})
         return _report(self.spec, self.cards, s, host, self.machine, rates)
 
-    @property
+    @cached_property
     def whole(self) -> "Report":
         """The same with every layer on the cards where that was left open: it fits where this fits, and searches nothing."""
         left_open = self.cards and self.settings.engine == "llama.cpp" and self.settings.gpu_layers == "auto"
@@ -115,6 +126,10 @@ class Report:
 
         Searched up to the context the model was trained for, times the sequences that share it.
         """
+        return self._largest_context
+
+    @cached_property
+    def _largest_context(self) -> int:
         whole, n = self.whole, self.settings.sequences
         low, high = -(-n // 256), max(self.spec.context_train or self.settings.context, 256) * n // 256
         if not whole.with_(context=low * 256).fits:
@@ -134,7 +149,13 @@ class Report:
         checkpoint was published in (MXFP4 for gpt-oss).
         Raises LabError for a name that is no quant.
         """
-        tried = LADDERS[self.settings.engine] if quants is None else ladder(quants)
+        return self._best_quant if quants is None else self._first_that_fits(ladder(quants))
+
+    @cached_property
+    def _best_quant(self) -> str | None:
+        return self._first_that_fits(LADDERS[self.settings.engine])
+
+    def _first_that_fits(self, tried: Sequence[str]) -> str | None:
         if self.settings.engine == "llama.cpp":
             tried = quants_to_try(self.spec, tried)
         whole = self.whole
@@ -337,8 +358,11 @@ def _here(machine: hardware.Machine | None, cards: tuple[Gpu, ...]) -> Here:
     """What is known of the very computer: its processor, and the contexts its calibration measured."""
     if machine is None:
         return NOWHERE
-    measured = getattr(getattr(machine, "calibration", None), "context_bytes", None) or {}
-    return Here(machine.cpu.features, tuple((c.name, measured[c.name]) for c in cards if c.name in measured))
+    if machine.calibration is None:
+        return Here(machine.cpu.features)
+    contexts, workspaces = machine.calibration.context_bytes, machine.calibration.workspace_bytes
+    return Here(machine.cpu.features, tuple((c.name, Measured(contexts[c.name], workspaces.get(c.name)))
+                                            for c in cards if c.name in contexts))
 
 
 def _placed(ask: Question, layers: int) -> list[Term]:
@@ -350,7 +374,7 @@ def _placed(ask: Question, layers: int) -> list[Term]:
 def _whole(ask: Question) -> list[Term]:
     if ask.s.engine == "vllm":
         check_parallel(ask.spec, ask.cards)
-        return vllm_terms(ask.spec, ask.cards, ask.s, ask.c, tuple(map(ask.here.context_of, ask.cards)))
+        return vllm_terms(ask.spec, ask.cards, ask.s, ask.c, tuple(map(ask.here.measured_on, ask.cards)))
     return whole_terms(ask.spec, ask.cards, ask.s, ask.c, ask.here)
 
 
@@ -368,19 +392,21 @@ def _judged(ask: Question, gpu_layers: int, terms: list[Term], partial: bool = F
         free = reserved[i].room(free_bytes(card)) if reserved else free_bytes(card)
         devices[f"gpu{i}"] = Device(f"gpu{i}", card.name, card.memory, free, *sums[f"gpu{i}"])
     twice = ask.w.tied if gpu_layers else 0
-    devices["host"] = _host_device(cards, devices, ask.host, sums["host"], twice)
+    held, copied = (sum(t.low for t in terms if t.device == "host" and t.name == name) for name in ("weights", "repacked"))
+    devices["host"] = _host_device(cards, devices, ask.host, (*sums["host"], min(held, copied)), twice)
     verdicts = [d.verdict for d in devices.values()] + [r.starts for r in reserved]
     # a partial report says how much goes on the cards; the question was whether all of it does
     verdict = "does not fit" if partial else next(v for v in ("does not fit", "may spill", "fits") if v in verdicts)
-    return Report(spec, cards, s, tuple(terms), devices, gpu_layers, verdict, _speed(ask, gpu_layers, devices, terms), ask.host,
+    return Report(spec, cards, s, tuple(terms), devices, gpu_layers, verdict, _speed(ask, gpu_layers, devices), ask.host,
                   partial, s.n_cpu_moe, ask.machine, reserved, ask.rates)
 
 
-def _host_device(cards: tuple[Gpu, ...], on_cards: dict[str, Device], host: int | None, sums: list[int],
+def _host_device(cards: tuple[Gpu, ...], on_cards: dict[str, Device], host: int | None, sums: tuple[int, int, int, int],
                  twice: int) -> Device:
     """RAM: what the system leaves of it; where a card shares it, also less what the model holds as card memory.
 
-    `twice`: bytes of a table that is both embedding and output. Metal and the CPU map the same pages of the file.
+    `sums`: bytes used, their low and high, and what is returned. `twice`: bytes of a table that is both embedding and output.
+    Metal and the CPU map the same pages of the file.
     """
     shared = next((i for i, card in enumerate(cards) if card.unified), None)
     if shared is not None:
@@ -395,13 +421,12 @@ def _host_device(cards: tuple[Gpu, ...], on_cards: dict[str, Device], host: int 
     return Device("host", "RAM", host, max(host - min(HOST_RESERVE, host // 8), 0), *sums)
 
 
-def _speed(ask: Question, gpu_layers: int, devices: dict[str, Device], terms: list[Term]) -> Speed:
+def _speed(ask: Question, gpu_layers: int, devices: dict[str, Device]) -> Speed:
     """How fast it goes with the blocks where they lie, and what a device is too small for."""
     where = assignment(ask.spec, ask.cards, ask.s, gpu_layers)
     over = tuple(max(0, d.used - d.free) for name, d in devices.items() if name != "host")
     host = devices["host"]
-    copies = sum(t.bytes for t in terms if t.name == "repacked")        # read in place of what they were made from
-    short = max(0, host.used - copies - host.free) if host.capacity else 0
+    short = max(0, host.needed - host.free) if host.capacity else 0
     return speed(ask.spec, ask.s, ask.w, ask.c, ask.cards, where, ask.rates, over, short)
 
 

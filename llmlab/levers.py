@@ -2,9 +2,8 @@
 
 A lever is a change of settings; its row says what the report would be. The price adds up what is lost, as shares of what
 there is: of speed (decode or prefill, whichever loses more; against now, and among levers that make it fit against the
-fastest that keeps the context), of context or requests, and the growth of perplexity, which is close to the mean KL
-divergence published for Llama 3 8B (there, ln(perplexity / f16's) is 0.85 to 1.15 of the divergence from Q4_K_M down). It
-ranks; it measures nothing about another model.
+fastest that keeps the context), of context or requests, and four times the mean KL divergence published for Llama 3 8B
+(there close to the growth of perplexity): a choice, not a law. It ranks; it measures nothing about another model.
 """
 
 import math
@@ -29,6 +28,7 @@ UTILIZATIONS = (0.80, 0.85, 0.90, 0.92, 0.95, 0.97)                     # steps 
 ABOUT = "Llama 3 8B, wikitext-2"
 UNKNOWN = "not published here"
 SAME = "same answers"
+HARM = 4.0       # a nat of divergence, beside a share of speed or context: 0.1 (Q3_K_S) counts as much as 40 % slower
 
 Band = tuple[float, float, float]
 
@@ -37,9 +37,9 @@ Band = tuple[float, float, float]
 class Lever:
     """One change of settings and what follows; `report.with_(**lever.change)` makes it.
 
-    `saves`: bytes less on `device`, the tightest one (less than 0: more), and `saves_host` in RAM. `decode` and `prefill`:
-    tokens per second afterwards over now as low, best, high; None where not modelled; of what fits only in part, now and
-    afterwards, with about as many layers on the cards as fit then. `quality` says what is known of the
+    `saves`: bytes less needed on `device`, the tightest one (less than 0: more), and `saves_host` in RAM. `decode` and
+    `prefill`: tokens per second afterwards over now as low, best, high; None where not modelled; of what fits only in part,
+    now and afterwards, with about as many layers on the cards as fit then. `quality` says what is known of the
     answers; `kld` is the published difference of mean KL divergence for Llama 3 8B, 0 where the answers stay the same, None
     where nothing is published here. `lost`: the share of the context or the requests given up. `price`: see the module; None
     where `kld` is.
@@ -140,7 +140,7 @@ def _price(row: Lever, fastest: Sequence[float]) -> float | None:
     if row.kld is None:
         return None
     slower = max(1 - band[1] / most if band else 0.0 for band, most in zip((row.decode, row.prefill), fastest, strict=True))
-    return row.kld + row.lost + max(slower, 0.0)
+    return HARM * row.kld + row.lost + max(slower, 0.0)
 
 
 def _rank(report: "Report", row: Lever) -> tuple:
@@ -299,7 +299,7 @@ class _Asked:
         self.pinned = {"gpu_layers": report.layers} if report.partial else {}
         self.whole = report.with_(**self.pinned) if self.pinned else report
         bounded = [d for d in self.whole.devices.values() if d.capacity] or list(self.whole.devices.values())
-        self.tightest = max(bounded, key=lambda d: d.high / max(d.free, 1)).name
+        self.tightest = max(bounded, key=lambda d: (d.high - d.returned) / max(d.free, 1)).name
         self._after: dict[str, Report | None] = {}
 
     def whole_after(self, change: Mapping) -> "Report | None":
@@ -336,7 +336,7 @@ class _Asked:
     def lever(self, steps: _Steps, change: dict) -> Lever | None:
         """The row of a change; None where it changes nothing that is counted here."""
         whole = self.whole_after(change)
-        saves, saves_host = (self.whole.devices[name].used - whole.devices[name].used for name in (self.tightest, "host"))
+        saves, saves_host = (self.whole.devices[name].needed - whole.devices[name].needed for name in (self.tightest, "host"))
         idle = not saves and not saves_host and whole.verdict == self.report.verdict
         if idle and steps.name not in ("importance", "utilization"):
             return None

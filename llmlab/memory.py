@@ -100,8 +100,11 @@ def circumstances(spec: ModelSpec) -> Circumstances:
     return Circumstances(spec.architecture, blocks, heads // kv_heads if kv_heads else 0, spec.experts, spec.tied, is_70b)
 
 
-def default_quant(spec: ModelSpec, quant: str | None) -> str:
-    """The quant meant by None: as stored for a GGUF, Q4_K_M otherwise."""
+def default_quant(spec: ModelSpec, quant: str | None, engine: str = "llama.cpp") -> str:
+    """The quant meant by None: as stored for a GGUF, Q4_K_M otherwise; transformers and vLLM take the checkpoint as it is, in
+    its 16 or 32 bits."""
+    if quant is None and engine != "llama.cpp":
+        return spec.dtype if spec.dtype in ("F32", "F16", "BF16") else "BF16"
     return quant or spec.stored or "Q4_K_M"
 
 

@@ -6,6 +6,7 @@ takes the place of the modelled one.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from .catalog import Gpu, Overhead, gpu, overheads
 from .memory import Term, modelled
@@ -41,15 +42,22 @@ def _mib(size: int) -> str:
     return f"{size / MIB:.0f} MiB"
 
 
+class Measured(NamedTuple):
+    """What a calibration found on a card, in bytes: the context with its kernels, and cuBLAS's workspace (None: not known)."""
+
+    context: int
+    workspace: int | None = None
+
+
 def overhead_term(card: Gpu, device: str, engine: str = "llama.cpp", cards: int = 1, display: str | bool | None = None,
-                  measured: int | None = None) -> Term:
+                  measured: Measured | None = None) -> Term:
     """The sum of `parts` as one term; its `why` lists them."""
     name, bytes, kind, low, high, why = _sum(card, engine, cards, display, measured)
     return Term(name, device, bytes, kind, low, high, why)
 
 
 @lru_cache(maxsize=2048)
-def _sum(card: Gpu, engine: str, cards: int, display: str | bool | None, measured: int | None) -> tuple:
+def _sum(card: Gpu, engine: str, cards: int, display: str | bool | None, measured: Measured | None) -> tuple:
     found = parts(card, engine, cards, display, measured)
     low, best, high = (sum(getattr(p, what) for p in found) for what in ("low", "best", "high"))
     term = modelled("overhead", "", best, low, high, ", ".join(map(str, found)))
@@ -59,23 +67,23 @@ def _sum(card: Gpu, engine: str, cards: int, display: str | bool | None, measure
 
 @lru_cache(maxsize=2048)
 def parts(card: Gpu, engine: str = "llama.cpp", cards: int = 1, display: str | bool | None = None,
-          measured: int | None = None) -> tuple[Part, ...]:
+          measured: Measured | None = None) -> tuple[Part, ...]:
     """What a card loses beside the model.
 
     `cards`: how many work together. `display`: what shows its picture through this card: None not known, False nothing,
-    "linux" or "windows" a desktop of that system. `measured`: bytes of a context measured on this computer. A live card's
+    "linux" or "windows" a desktop of that system. `measured`: what this computer's calibration found. A live card's
     free memory already leaves out what the driver keeps and what other programs use.
     """
-    found = [_context(card, measured), *_libraries(card, engine, cards, measured is not None)]
+    found = [_context(card, measured), *_libraries(card, engine, cards, measured)]
     if card.free is None:
         found += [_kept(card, display), *([shown] if (shown := desktop(card, display)) else [])]
     return tuple(p for p in found if p.high)
 
 
-def _context(card: Gpu, measured: int | None) -> Part:
+def _context(card: Gpu, measured: Measured | None) -> Part:
     """Driver context and kernels: measured here, else a row about the card, the nearest of its generation, the range."""
     if measured is not None:
-        return Part("context measured on this computer", measured, measured, measured, True)
+        return Part("context measured on this computer", *[measured.context] * 3, True)
     if card.vendor in _OTHER_CONTEXT and not (rows := _about(card)):
         low, best, high, name = _OTHER_CONTEXT[card.vendor]
         return Part(name, low, best, high)
@@ -105,14 +113,14 @@ def _nearest(card: Gpu) -> tuple[Overhead, Gpu] | None:
     return min(found, key=lambda pair: (abs(pair[1].fp32_flops - card.fp32_flops), -pair[0].value))
 
 
-def _libraries(card: Gpu, engine: str, cards: int, measured: bool) -> list[Part]:
+def _libraries(card: Gpu, engine: str, cards: int, measured: Measured | None) -> list[Part]:
     """Workspaces of the matrix libraries, what an allocator rounds up, and the buffers of cards that talk.
 
     A measured context was taken with a first multiplication: what a prompt takes beyond that is in the high end."""
     if engine == "llama.cpp":
-        low, best, high = _POOL if not measured else (0, 0, _POOL[2])
+        low, best, high = (0, 0, _POOL[2]) if measured else _POOL
         return [Part("llama.cpp's pool", low, best, high)] if card.vendor in ("NVIDIA", "AMD") else []
-    found = [_workspace(card), Part("torch's segments of 2 and 20 MiB", 2 * MIB, 22 * MIB, 64 * MIB, inside=True)]
+    found = [_workspace(card, measured), Part("torch's segments of 2 and 20 MiB", 2 * MIB, 22 * MIB, 64 * MIB, inside=True)]
     if engine == "vllm":
         row = overheads()["vllm-nontorch-new"]
         found.append(Part("kernels vLLM loads", int(row.low), int(row.value), int(row.high), inside=True))
@@ -121,8 +129,10 @@ def _libraries(card: Gpu, engine: str, cards: int, measured: bool) -> list[Part]
     return found
 
 
-def _workspace(card: Gpu) -> Part:
+def _workspace(card: Gpu, measured: Measured | None) -> Part:
     rows = overheads()
+    if measured and measured.workspace is not None:
+        return Part("cuBLAS workspace measured on this computer", *[measured.workspace] * 3, True, inside=True)
     if card.vendor == "AMD":
         blas, lt = rows["hipblas-ws"], rows["hipblaslt-ws"]
         return Part("hipBLAS workspaces", int(blas.low), int(blas.value + lt.value), int(blas.high + lt.value),

@@ -4,6 +4,7 @@ Pure functions from shapes, sizes and settings to terms; nothing here judges.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from struct import pack, unpack
 
 from .activations import cache_type, compute_term, recurrent_bytes
@@ -18,7 +19,7 @@ from .memory import (
     loaded_bytes,
     output_bytes,
 )
-from .overhead import overhead_term
+from .overhead import Measured, overhead_term
 from .repacking import repacked_term
 from .settings import Settings
 from .shapes import ModelSpec
@@ -28,14 +29,14 @@ _STATE = "float32 state of recurrent layers, a row a sequence"
 
 @dataclass(frozen=True)
 class Here:
-    """What is known of the very computer: its processor's features, and contexts measured on its cards (bytes, by name).
+    """What is known of the very computer: its processor's features, and what was measured on its cards, by name.
     None: not known, or not measured."""
 
     features: tuple[str, ...] | None = None
-    contexts: tuple[tuple[str, int], ...] = ()
+    measured: tuple[tuple[str, Measured], ...] = ()
 
-    def context_of(self, card: Gpu) -> int | None:
-        return next((size for name, size in self.contexts if name == card.name), None)
+    def measured_on(self, card: Gpu) -> Measured | None:
+        return next((found for name, found in self.measured if name == card.name), None)
 
 
 NOWHERE = Here()
@@ -58,16 +59,19 @@ def assignment(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, gpu_layers:
         return [-1] * (count + 1)
     if len(cards) == 1:
         return [-1] * first + [0] * (count + 1 - first)
+    return [-1] * first + [*_cards_of(s.split or tuple(free_bytes(card) for card in cards), count + 1 - first)]
+
+
+@lru_cache(maxsize=4096)
+def _cards_of(shares: tuple[float, ...], layers: int) -> tuple[int, ...]:
+    """The card of each of `layers`, spread over cards by their shares: a search asks for the same ones again and again."""
     edges, running = [], 0.0
-    for share in s.split or tuple(free_bytes(card) for card in cards):
+    for share in shares:
         running = _single(running + _single(share))
         edges.append(running)
     edges = [_single(edge / running) if running else 0.0 for edge in edges]
-    where = [-1] * first
-    for i in range(first, count + 1):
-        at = _single(_single(i - first) / min(gpu_layers, count + 1))
-        where.append(next((k for k, edge in enumerate(edges) if at < edge), len(cards) - 1))
-    return where
+    places = (_single(_single(i) / layers) for i in range(layers))
+    return tuple(next((k for k, edge in enumerate(edges) if at < edge), len(shares) - 1) for at in places)
 
 
 def _single(number: float) -> float:
@@ -103,7 +107,7 @@ def placed_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weight
             terms.append(exact("recurrent", device, state[i], _STATE))
         if compute[i].bytes or gpu_layers:
             terms.append(compute[i])
-        terms.append(overhead_term(card, device, s.engine, n, s.display, here.context_of(card)))
+        terms.append(overhead_term(card, device, s.engine, n, s.display, here.measured_on(card)))
     terms += [exact("weights", "host", held[-1], "the embedding, and whatever layers stay in RAM (mapped from the file)"),
               exact("kv_cache", "host", cache[-1], _cache_why(s, c))]
     if c.recurrent:
@@ -152,7 +156,7 @@ def whole_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, c: CacheBy
             terms.append(exact("recurrent", device, share(state), "state of recurrent layers, a row a sequence"))
         terms.append(compute_term(spec, s.quant, s.context, s.sequences, s.flash_attention, device, bool(cards)))
         if cards:
-            terms.append(overhead_term(cards[i], device, s.engine, n, s.display, here.context_of(cards[i])))
+            terms.append(overhead_term(cards[i], device, s.engine, n, s.display, here.measured_on(cards[i])))
     if cards:
         terms.append(exact("weights", "host", 0, "nothing stays in RAM once loaded"))
     return terms

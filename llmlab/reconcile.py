@@ -4,6 +4,7 @@ llama.cpp prints its own buffers; transformers' tensors are counted as they are 
 their own (`probes`), so that a crash is one line and the peaks are theirs alone.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -161,6 +162,8 @@ def measured(report: Report, file=None, *, timeout: float | None = None) -> Chec
     engine = report.settings.engine
     if engine not in _ENGINES:
         raise LabError(f"{engine} cannot be measured from here; measure a report with engine='llama.cpp' or 'transformers'")
+    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
+        raise LabError(f"timeout is {str(timeout)[:40]!r}; give seconds, like 60, or leave it out")
     here = hardware.machine()
     cards = _cards_here(report, here)
     path = None if file is None else _path(file)
@@ -168,8 +171,11 @@ def measured(report: Report, file=None, *, timeout: float | None = None) -> Chec
 
 
 def _path(file) -> Path:
-    path = Path(file).expanduser()
-    if not path.exists():
+    try:
+        path = Path(file).expanduser()
+    except (TypeError, RuntimeError):            # no path, or the home of somebody who is not here
+        path = None
+    if path is None or not path.exists():
         raise BadFile(f"{str(file)!r:.200} is not there; give a model's path, such as llmlab.fetch('smollm2-135m') returns")
     return path
 

@@ -41,7 +41,8 @@ def repacked_term(spec: ModelSpec, quant: str, importance: bool, cards: tuple[Gp
     if features is not None:
         bytes = _of(spec, quant, importance, tuple(features), on_host)
         named = " ".join(f for f in ("amx_int8", "avx512f", "avx2", "dotprod", "neon") if f in features) or "no wide vectors"
-        why = f"copies of matrices laid out for this processor ({named}), beside the mapped file"
+        why = (f"copies of matrices laid out for this processor ({named}), beside the mapped file; the system takes back that "
+               "file's pages of them where it needs room")
         return exact("repacked", "host", bytes, why) if bytes else None
     found = {name: _of(spec, quant, importance, known, on_host) for name, known in _USUAL.items()}
     if not any(found.values()):

@@ -13,7 +13,7 @@ from .errors import LabError
 from .formats import FORMATS
 from .formats.mixes import find_mix
 from .memory import PAGE, CacheBytes, Term, exact, loaded_bytes, modelled, weights
-from .overhead import overhead_term, parts
+from .overhead import Measured, overhead_term, parts
 from .settings import Settings
 from .shapes import ModelSpec, remembered
 
@@ -50,7 +50,7 @@ def check_parallel(spec: ModelSpec, cards: tuple[Gpu, ...]) -> None:
 
 
 def vllm_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, c: CacheBytes,
-               measured: tuple[int | None, ...] = ()) -> list[Term]:
+               measured: tuple[Measured | None, ...] = ()) -> list[Term]:
     """The terms of each card (of the host where there is none): its shard of the weights, the pages one full use of the
     context needs, the profiled batch, and the rest."""
     n = max(len(cards), 1)

@@ -33,7 +33,7 @@ class Question:
     def room(self) -> list[int]:
         """Bytes of each card that are certainly the model's."""
         n, s = len(self.cards), self.s
-        return [free_bytes(card) - overhead_term(card, "", s.engine, n, s.display, self.here.context_of(card)).high
+        return [free_bytes(card) - overhead_term(card, "", s.engine, n, s.display, self.here.measured_on(card)).high
                 for card in self.cards]
 
     @cached_property

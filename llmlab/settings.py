@@ -58,7 +58,7 @@ def check(spec: ModelSpec, given: Mapping) -> Settings:
         raise LabError(f"{sorted(unknown)[0]!r} is no setting; there are {', '.join(f.name for f in fields(Settings))}")
     check_settings(given["context"], given["sequences"], given["batch"], given["ubatch"])
     engine, count = known_engine(given["engine"]), len(spec.layers) + 1
-    quant = default_quant(spec, given["quant"])
+    quant = default_quant(spec, given["quant"], engine)
     if quant != spec.stored:
         quant = find_mix(quant).name
     _belongs(MIXES[quant].engine if quant in MIXES else "llama.cpp", quant, engine)

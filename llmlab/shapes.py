@@ -135,7 +135,7 @@ def remembered(function: Callable) -> Callable:
     @wraps(function)
     def wrapper(spec: ModelSpec, *arguments):
         table = spec.__dict__.setdefault("_remembered", {})
-        key = function.__name__, arguments
+        key = function, arguments
         try:
             return table[key]
         except KeyError:

@@ -179,8 +179,9 @@ class Part:
 class Speed:
     """Tokens per second: (low, best, high), modelled. None where the catalogue lacks a card's rates.
 
-    `decode_tps`: low and best with the context full, high while it is still empty (at most twice the low); `prefill_tps` the mean over a prompt as long as the context. `parts`: what one
-    generated token waits for, by device; `prefill_parts`: what one token of the prompt does.
+    `decode_tps`: low and best with the context full, high while it is still empty (at most twice the low); `prefill_tps` the
+    mean over a prompt as long as the context. `parts`: what one generated token waits for, by device; `prefill_parts`: what
+    one token of the prompt does.
     """
 
     decode_tps: Band | None
@@ -206,6 +207,17 @@ class Speed:
         if not self.decode_tps or not self.prefill_tps:
             return None
         return tuple(self.context / p + 1 / d for p, d in zip(self.prefill_tps[::-1], self.decode_tps[::-1], strict=True))
+
+    @property
+    def mostly(self) -> str:
+        """What a generated token waits for longest, and what the band rests on: one sentence."""
+        if not self.parts:
+            return ""
+        total, longest = sum(self.seconds.values()), max(self.parts, key=lambda p: p.seconds[1])
+        text = f"A token mostly {_said(longest).rpartition(' (')[0]}: {longest.seconds[1] / total:.0%} of its time"
+        if longest.device == "host" and longest.what in ("weights", "unpacking"):
+            return f"{text}; {self._ram()}"
+        return f"{text}; rates measured here on {self.rates.day}." if self.rates.day and any(self.rates.stream) else f"{text}."
 
     @property
     def why(self) -> str:

@@ -1,5 +1,6 @@
 """A report in words: the answer, how far to trust it, what would fit instead, how fast."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .errors import LabError
@@ -20,34 +21,47 @@ def answer(r: "Report") -> str:
     if not r.cards:
         host = r.devices["host"]
         where = f"{format_bytes(host.capacity, 1)} of RAM" if host.capacity else "RAM"
-        return f"{what} {_SAYS[r.verdict]} {'' if r.fits else 'in '}{where}: it needs {format_bytes(host.used)}.{_beyond(r)}"
+        if not r.fits:
+            where += f", of which the system keeps {format_bytes(host.capacity - host.free)}"
+        more = f", and takes {format_bytes(host.returned)} more where there is room" if host.returned else ""
+        return (f"{what} {_SAYS[r.verdict]} {'' if r.fits else 'in '}{where}: it needs {format_bytes(host.needed)}{more}."
+                f"{_beyond(r)}")
     names = _listed([card.name for card in r.cards])
-    host, cards = r.devices["host"], [d for name, d in r.devices.items() if name != "host"]
+    host, cards = r.devices["host"], _lent(r)
     if not r.partial and host.verdict == "does not fit" and all(d.verdict != "does not fit" for d in cards):
-        return (f"{what} does not fit the RAM beside {names}: {format_bytes(host.used)} of {format_bytes(host.free)} there, "
+        return (f"{what} does not fit the RAM beside {names}: {format_bytes(host.needed)} of {format_bytes(host.free)} there, "
                 f"{r.gpu_layers} of {r.layers} layers on the card{_s(r)}.{_beyond(r)}")
     if r.partial:
         whole = r.whole
-        need = [d for name, d in whole.devices.items() if name != "host"]
+        need = _lent(whole)
         text = (f"{what} does not fit {names}: it needs {format_bytes(sum(d.used for d in need))}, and there are "
                 f"{format_bytes(sum(d.free for d in need))}.")
         if host.verdict == "does not fit":
-            return (f"{text} With the rest in RAM it does not fit either: {format_bytes(host.used)} of "
+            return (f"{text} With the rest in RAM it does not fit either: {format_bytes(host.needed)} of "
                     f"{format_bytes(host.free)} there.{_beyond(r)}")
         if not r.gpu_layers:
             return f"{text} Not one layer goes on the card{_s(r)}.{_held_by_others(whole)}{_beyond(r)}"
-        goes = "layer goes" if r.gpu_layers == 1 else "layers go"
+        goes = "layers goes" if r.gpu_layers == 1 else "layers go"
         return (f"{text} {r.gpu_layers} of {r.layers} {goes} on the card{_s(r)}, {format_bytes(r.total('weights', 'host'))} of "
                 f"weights stay in RAM.{_held_by_others(whole)}{_beyond(r)}")
     text = f"{what} {_SAYS[r.verdict]} {names}: {_sum(cards)}"
     if r.verdict == "may spill":
-        text += f"{_range(cards)}{_why_it_may_spill(r, cards)}"
+        text += _where_it_is_lent(r, cards) or f"{_range(cards)}{_why_it_may_spill(r, cards)}"
     in_ram = r.total("weights", "host")
     if r.gpu_layers < r.layers:
         text += f", {r.gpu_layers} of {r.layers} layers on the card{_s(r)}, {format_bytes(in_ram)} of weights in RAM"
     elif r.n_cpu_moe and r.spec.experts:
         text += f", the experts of {_blocks(r.n_cpu_moe)} in RAM ({format_bytes(in_ram)} of weights)"
     return f"{text}.{_pool(r)}{_held_by_others(r)}{_beyond(r)}"
+
+
+def _lent(r: "Report") -> "list[Device]":
+    """The cards; of a chip that shares its RAM without what the system keeps from it, which is no need of the model's."""
+    devices = []
+    for i, card in enumerate(r.cards):
+        d, kept = r.devices[f"gpu{i}"], card.reserved[1] if card.unified and card.free is None else 0
+        devices.append(replace(d, used=d.used - kept, low=d.low - kept, high=d.high - kept, free=d.free - kept) if kept else d)
+    return devices
 
 
 def _blocks(n: int) -> str:
@@ -58,6 +72,16 @@ def _range(cards: "list[Device]") -> str:
     """The range of the card on which it is closest."""
     d = max((d for d in cards if d.verdict == "may spill"), key=lambda d: d.high - d.free, default=None)
     return f", between {format_bytes(d.low)} and {format_bytes(d.high)}" if d else ""
+
+
+def _where_it_is_lent(r: "Report", cards: "list[Device]") -> str:
+    """What a chip must be lent of the RAM it shares, where that alone decides."""
+    spills = [(card, d) for card, d in zip(r.cards, cards, strict=True) if d.verdict == "may spill"]
+    kept = [(card.reserved, d) for card, d in spills if card.unified and card.free is None]
+    if not kept or len(kept) < len(spills) or any(d.high - high + low > d.free for (low, _, high), d in kept):
+        return ""
+    most = max(d.high + best - high for (_, best, high), d in kept)
+    return f"; it fits where the system lets the card have {format_bytes(most)}"
 
 
 def _why_it_may_spill(r: "Report", cards: "list[Device]") -> str:
@@ -159,16 +183,17 @@ def _on_windows(r: "Report") -> bool:
 
 
 def speed(r: "Report") -> str:
-    """Modelled speed with its band and what bounds it; "" where a card's rates are not known."""
+    """Modelled speed with its band and what takes longest; "" where a card's rates are not known."""
     decode, prefill, start, first = r.speed.decode_tps, r.speed.prefill_tps, r.speed.start_tps, r.speed.first_token
     if not decode:
         return ""
     begins = f", {_plain(start[1])} at its start" if start[1] > 1.05 * decode[1] else ""
-    said = [f"decode about {_plain(decode[1])} tokens/s with the context full{begins} ({_plain(decode[0])} to {_plain(decode[2])})"]
+    low, best, high = map(_plain, decode)
+    said = [f"decode about {best} tokens/s with the context full{begins} ({low} to {high})"]
     if prefill:
         said.append(f"prefill about {_rate(prefill)}")
     wait = f"; a prompt that fills the context takes {format_seconds(first[1])} to the first token" if first else ""
-    return f"Speed, modelled: {', '.join(said)}{wait}. {r.speed.why}".strip()
+    return f"Speed, modelled: {', '.join(said)}{wait}. {r.speed.mostly}".strip()
 
 
 def _rate(rates: tuple[float, float, float]) -> str:
@@ -196,7 +221,11 @@ def hint(r: "Report") -> str:
         return f"There is room for {' or for '.join(more)}." if more else ""
     ways = []
     if share := _share_that_starts(r):
-        ways.append(f"reserving {share:.0%} of the card{_s(r)} (utilization={share:g})")
+        reserving = f"reserving {share:.0%} of the card{_s(r)} (utilization={share:g})"
+        if _fits(r, utilization=share):
+            ways.append(reserving)
+        elif not quant and (smaller := r.with_(utilization=share).best_quant()):
+            ways.append(f"in {smaller}, {reserving}")
     if now.engine == "llama.cpp" and now.kv == ("f16", "f16") and _fits(whole, kv="q8_0"):
         ways.append("with the KV cache in q8_0")
     if blocks := _experts_in_ram(whole):
@@ -224,12 +253,12 @@ def _fits(r: "Report", **changes) -> bool:
 
 
 def _share_that_starts(r: "Report") -> float:
-    """The largest share, in whole percent, with which vLLM starts and the model fits for certain; 0 where there is none."""
+    """The largest share, in whole percent, with which vLLM starts for certain; 0 where it does so now, or with none."""
     if all(reserved.starts == "fits" for reserved in r.reserved):
         return 0
     least = min(reserved.free_at_start[0] / reserved.requested for reserved in r.reserved)
     share = int(r.settings.share * least * 100) / 100
-    return share if share > 0 and _fits(r, utilization=share) else 0
+    return max(share, 0)
 
 
 def _experts_in_ram(r: "Report") -> int:

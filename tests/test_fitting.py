@@ -13,6 +13,7 @@ from llmlab import catalog
 from llmlab.errors import LabError
 from llmlab.fitting import QUANT_LADDER, fit
 from llmlab.formats.mixes import MIXES
+from llmlab.hardware import machine
 from llmlab.memory import cache_bytes, output_bytes, weights
 from llmlab.shapes import from_config, model_spec
 from llmlab.units import GIB, MIB
@@ -168,6 +169,16 @@ def test_the_host_alone():
     assert report.fits and set(report.devices) == {"host"} and report.gpu_layers == 0
     assert fit("llama-3-70b", None, host="16 GiB").verdict == "does not fit"
     assert report.devices["host"].capacity == 4 * GIB
+    assert "of which the system keeps 2.00 GiB: it needs" in fit("llama-3-70b", None, host="16 GiB").answer
+
+
+def test_pages_that_were_laid_out_anew_decide_nothing():
+    report = fit("llama-3-8b", replace(machine(), cards=(), cpu=replace(machine().cpu, features=("avx2",))), host="8 GiB")
+    host, copies = report.devices["host"], report.total("repacked")
+    assert copies > 3 * GIB and host.returned == copies and host.needed == host.used - copies
+    assert host.used > host.free and report.fits and "RAM: it needs 5.84 GiB, and takes 3.13 GiB more" in report.answer
+    assert not report.with_(quant="Q8_0").fits and report.with_(quant="Q8_0").devices["host"].returned == 0
+    assert fit("llama-3-8b", "rtx-3060-12gb", gpu_layers=10, host="8 GiB").devices["host"].returned == 0
 
 
 def test_terms_say_what_they_are():
@@ -280,7 +291,7 @@ def test_one_memory_is_not_spent_twice(name, card, context, layers, host):
     report = fit(name, card, context=context, gpu_layers=layers, host=host)
     card_, ram = report.devices["gpu0"], report.devices["host"]
     twice = weights(report.spec, "Q4_K_M").tied if report.cards[0].vendor == "Apple" and report.gpu_layers else 0
-    held = card_.used - report.cards[0].reserved[1] + ram.used - twice
+    held = card_.used - report.cards[0].reserved[1] + ram.needed - twice
     assert card_.capacity == ram.capacity
     if host:
         assert ram.capacity <= int(host.split()[0]) * GIB
@@ -414,3 +425,9 @@ def test_the_face():
     assert llmlab.gpu("rtx-4090-24gb").memory == 24 * GIB
     with pytest.raises(AttributeError, match="llmlab has no"):
         getattr(llmlab, "nothing")  # noqa: B009
+
+
+def test_the_quant_nobody_names_is_one_the_engine_runs():
+    """llama.cpp: as stored, or Q4_K_M; the others take the checkpoint as it is."""
+    assert [fit("llama-3-8b", "rtx-4090-24gb", engine=engine).settings.quant for engine in ("llama.cpp", "transformers", "vllm")
+            ] == ["Q4_K_M", "BF16", "BF16"]

@@ -325,7 +325,8 @@ KINDS = {"sliding_attention": "sliding", "full_attention": "full", "linear_atten
 
 @pytest.mark.parametrize(("model_type", "layers"), [
     (m, n) for m in ("gemma2", "gemma3_text", "gemma4_text", "cohere2", "gpt_oss", "olmo3", "exaone4", "qwen3_next",
-                      "qwen3_5_text", "qwen3_5_moe_text", "llama4_text", "lfm2") for n in (1, 4, 6, 7, 13)])
+                      "qwen3_5_text", "qwen3_5_moe_text", "llama4_text", "lfm2")
+    for n in ((64,) if m == "exaone4" else (1, 4, 6, 7, 13))])
 def test_layer_kinds_without_layer_types_are_transformers_own(model_type, layers):
     fields = dict(CASES[model_type][0], num_hidden_layers=layers)
     fields.pop("layer_types", None)
@@ -334,11 +335,16 @@ def test_layer_kinds_without_layer_types_are_transformers_own(model_type, layers
     assert [b.mixer for b in spec.blocks] == [KINDS[kind] for kind in config.layer_types]
 
 
+def test_only_the_exaone_of_64_blocks_has_windows_in_llama_cpp():
+    spec = model_spec({"model_type": "exaone4"} | dict(CASES["exaone4"][0], num_hidden_layers=8))
+    assert {(b.mixer, b.window) for b in spec.blocks} == {("full", 0)} and spec.blocks[0].declared_window
+
+
 @pytest.mark.parametrize(("model_type", "field", "value"), [
     ("gemma3_text", "sliding_window_pattern", 3), ("cohere2", "sliding_window_pattern", 2),
     ("exaone4", "sliding_window_pattern", 3), ("qwen3_next", "full_attention_interval", 3)])
 def test_a_given_period_is_heard(model_type, field, value):
-    fields = dict(CASES[model_type][0], num_hidden_layers=8) | {field: value}
+    fields = dict(CASES[model_type][0], num_hidden_layers=64 if model_type == "exaone4" else 8) | {field: value}
     config = CONFIG_MAPPING[model_type](**fields)
     spec = model_spec({"model_type": model_type} | fields)
     assert [b.mixer for b in spec.blocks] == [KINDS[kind] for kind in config.layer_types]

@@ -18,13 +18,14 @@ ROOMS = (
     {"catalog"},
     {"formats", "gguf", "shapes", "architectures", "hf_config", "hub", "verified", "wheels",
      "stores", "sources"},
-    {"memory", "speed", "drivers", "hardware"},
-    {"settings", "placing", "wording", "fitting", "fitmap", "exports"},
+    {"memory", "activations", "graphs", "rates", "drivers", "calibrated", "hardware"},
+    {"projectors", "settings", "speed", "overhead", "repacking", "placing", "beside", "reserving", "searching", "wording",
+     "fitting", "fitmap", "exports", "levers"},
     # -- torch from here on --
     {"kernels"},
     {"runtime"},
     {"offload"},
-    {"calibration", "loading"},
+    {"calibration", "loading", "probes"},
     {"quality", "reconcile", "advice", "endpoints", "server", "sweeps"},
     {"lab", "cli", "__init__", "__main__"},
 )

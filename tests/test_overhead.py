@@ -8,7 +8,7 @@ from llmlab import catalog
 from llmlab.calibrated import Calibration, Figure
 from llmlab.fitting import fit
 from llmlab.hardware import machine
-from llmlab.overhead import desktop, overhead_term, parts
+from llmlab.overhead import Measured, desktop, overhead_term, parts
 from llmlab.units import GIB, MIB
 from llmlab.wording import trust
 
@@ -76,3 +76,11 @@ def test_a_measured_context_takes_the_place_of_the_modelled_one():
     assert term.kind == "measured" and term.bytes == term.low == size and term.high < size + 100 * MIB
     assert "measured on this computer" in term.why and "measured" in trust(fit("llama-3-8b", here))
     assert next(t for t in fit("llama-3-8b", live).terms if t.name == "overhead").kind == "modelled"
+
+
+def test_what_was_measured_here_replaces_the_tables():
+    card = catalog.gpu("rtx-3090-24gb")
+    term = overhead_term(card, "gpu0", "transformers", measured=Measured(300 * MIB, 9 * MIB))
+    assert "context measured on this computer 300 MiB" in term.why and "cuBLAS workspace measured on this computer 9 MiB" in term.why
+    without = overhead_term(card, "gpu0", "transformers", measured=Measured(300 * MIB))
+    assert "cuBLAS workspaces" in without.why and without.low <= term.bytes

@@ -135,7 +135,7 @@ def test_in_a_process_of_its_own(spec):
     check = llmlab.measured(report, timeout=300)
     assert check.row("weights").error == 0 and abs(check.row("compute").error) < 0.03
     assert check.row("loading").measured >= check.row("weights").measured
-    with pytest.raises(LabError, match="longer than 0 s"):
+    with pytest.raises(LabError, match="longer than 0.01 s"):
         measured(report, timeout=0.01)
 
 
@@ -243,6 +243,10 @@ def test_what_cannot_be_measured_says_so(spec, gguf, tmp_path, monkeypatch):
     fails("this computer has .*fit with gpu=None", llmlab.fit(gguf, absent), gguf)
     fails("give measured.. a GGUF", report)
     fails("is not there", report, tmp_path / "none.gguf", of=BadFile)
+    fails("'3' is not there", report, 3, of=BadFile)
+    for never in ("soon", 0, -1, float("nan"), float("inf")):
+        with pytest.raises(LabError, match="timeout is .*give seconds"):
+            measured(report, gguf, timeout=never)
     other = from_config({**CONFIG, "hidden_size": 256}, "other")
     fails("another model than the report's other", llmlab.fit(other, None, quant="F32", host="8 GiB"), gguf, of=BadFile)
     qwen = from_config({**CONFIG, "model_type": "qwen2"}, "q")

@@ -28,6 +28,23 @@ def test_a_desktop_is_named_where_it_decides():
     assert not sized(contexts[-1], display=False).fits
 
 
+def test_a_chip_that_shares_its_ram_is_asked_for_what_the_model_needs():
+    fits = fit("llama-3-8b", "apple-m4-10c")
+    kept = fits.cards[0].reserved[1]
+    assert f": {(fits.devices['gpu0'].used - kept) / GIB:.2f} GiB of {(16 * GIB - kept) / GIB:.2f} GiB." in fits.answer
+    report = fit("qwen3-30b-a3b", "radeon-780m-igpu")
+    most = report.devices["gpu0"].high - report.cards[0].reserved[2]
+    assert report.verdict == "may spill" and "between" not in report.answer
+    assert report.answer.endswith(f"; it fits where the system lets the card have {most / GIB:.2f} GiB.")
+    assert "lets the card" not in sized(45056).answer
+
+
+def test_vllm_may_need_a_smaller_quant_and_a_smaller_share():
+    report = fit("llama-3-8b", CARD, engine="vllm", quant="BF16")
+    assert "in GPTQ_INT4, reserving 88% of the card (utilization=0.88)" in hint(report)
+    assert report.with_(quant="GPTQ_INT4", utilization=0.88).fits and not report.with_(quant="GPTQ_INT4").fits
+
+
 def test_windows_spills_without_a_word():
     report = sized(45056, display="windows")
     assert report.verdict == "may spill" and "shared GPU memory" in trust(report)

@@ -28,7 +28,7 @@ def ask(engine: str, job: dict, timeout: float | None = None) -> dict:
         done = subprocess.run([sys.executable, "-m", f"llmlab.probes.{engine}"], input=json.dumps(job), text=True,
                               capture_output=True, errors="replace", encoding="utf-8", env=environment, timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise LabError(f"the run took longer than {timeout:.0f} s and was stopped; give measured() a longer timeout, "
+        raise LabError(f"the run took longer than {timeout:g} s and was stopped; give measured() a longer timeout, "
                        "or a report with a shorter context") from None
     line = next((line for line in reversed(done.stdout.splitlines()) if line.startswith(_MARK)), None)
     if line is None:

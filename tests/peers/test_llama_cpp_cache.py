@@ -9,7 +9,7 @@ from tiny_gguf import write_tiny
 from tiny_models import tiny_spec
 
 from llmlab.errors import LabError
-from llmlab.memory import cache_bytes, compute_bytes
+from llmlab.memory import cache_bytes
 from llmlab.units import MIB
 
 pytestmark = pytest.mark.peers
@@ -240,25 +240,6 @@ def test_llama_cpp_rounds_the_context_as_we_do(models):
                 cells = int(re.search(r"n_ctx\s+= (\d+)", told.text)[1])
                 assert cells == cache_bytes(spec, context, sequences=sequences, unified=unified).cells, (
                     context, sequences, unified)
-
-
-def test_compute_buffers_beside_the_closed_form(tmp_path, capsys):
-    """Printed for the eye, with a vocabulary of ordinary size: the closed form is modelled, not exact."""
-    rows = []
-    for name in ("llama", "gemma3", "gpt-oss", "deepseek3", "qwen35"):
-        base, changes = SHAPES[name]
-        spec = tiny_spec(base, **changes, vocab_size=32768)
-        write_tiny(spec, tmp_path / "tiny.gguf")
-        with loaded(tmp_path / "tiny.gguf", no_alloc=True, load_mode=0) as model:
-            for ubatch in (128, 512):
-                for flash in (True, False):
-                    told = context_log(model, **engine_settings(8192, ubatch=ubatch, flash_attention=flash))
-                    theirs, ours = sum(told.compute.values()), compute_bytes(spec, 8192, ubatch, flash) / MIB
-                    rows.append(f"{name:10} ubatch {ubatch:4} flash {flash!s:5}  llama.cpp {theirs:8.2f} MiB  "
-                                f"ours {ours:8.2f} MiB  {ours / theirs:.2f}")
-                    assert theirs > 0
-    with capsys.disabled():
-        print("\n" + "\n".join(rows))
 
 
 def test_more_than_two_dozen_settings():
