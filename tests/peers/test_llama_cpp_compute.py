@@ -108,11 +108,12 @@ def test_more_than_thirty_settings():
 
 
 def test_planned_is_allocated(tmp_path):
-    """A plan and a real context are the same size."""
+    """A plan and a real context are the same size; and only the latter counts that generation asks for a row a sequence."""
     spec = tiny_spec("qwen3moe")
     write_tiny(spec, tmp_path / "tiny.gguf")
+    fewer = [(8192, 1, True, {"sequences": 2}), (8192, 3, False, {"sequences": 4}), (8192, 33, True, {"sequences": 40})]
     with loaded(tmp_path / "tiny.gguf") as model:
-        assert differences(spec, model, SOME) == []
+        assert differences(spec, model, [*SOME, *fewer]) == []
 
 
 @pytest.mark.slow
