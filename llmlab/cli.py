@@ -216,12 +216,17 @@ def _mix(a: argparse.Namespace, rest: list[str]) -> None:
 def _doctor(a: argparse.Namespace, rest: list[str]) -> None:
     from .hardware import doctor, machine
     if a.calibrate:
-        machine().calibrate(progress=False if a.json else None)
+        machine().calibrate(progress=_only_if_not_stored if a.json else None)
     report = doctor()
     if a.json:
         _print_json(report.to_dict())
     else:
         print(report)
+
+
+def _only_if_not_stored(done: float, text: str) -> None:
+    if text.startswith("not stored"):
+        print(f"llmlab: {text}", file=sys.stderr)
 
 
 def _fetch(a: argparse.Namespace, rest: list[str]) -> None:

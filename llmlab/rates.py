@@ -215,5 +215,6 @@ def _measured(plain: Rates, c: Calibration, cards: int) -> Rates:
     changes["link"] = tuple(copies.get((i, "h2d_pinned")) and banded(copies[i, "h2d_pinned"].best, LINK) for i in range(cards))
     if c.busy:                  # other programs had their share of it: no less than machines of its class give
         changes |= {name: tuple(map(max, changes[name], getattr(plain, name))) for name in ("ram", "matmul") if name in changes}
-        changes |= {"peak": None, "words": "RAM as measured while the machine was busy (measure again when it is idle)"}
+        changes |= {"peak": None, "words": "RAM as measured while the machine was busy, and no less than a usual desktop's "
+                                           "(measure again when it is idle)"}
     return replace(plain, **changes)
