@@ -82,7 +82,7 @@ def fit_map(models: Iterable | None = None, cards: Iterable | None = None, conte
             refused.append(error)
             rows.append((None,) * len(chosen))
             continue
-        working = {vendor: compute_high(spec, Request(context, ubatch, kv=types), card) for vendor, card in makers.items()}
+        working = dict(zip(makers, compute_high(spec, Request(context, ubatch, kv=types), list(makers.values())), strict=True))
         rows.append(tuple(next((quant for quant, need in needs if need + working[card.vendor] <= space), None)
                           for card, space in zip(chosen, room, strict=True)))
     if specs and len(refused) == len(specs):

@@ -24,10 +24,10 @@ def compute_terms(spec: ModelSpec, request: Request, where: Sequence[int], n_cpu
     return [*terms, _term("host", buffers.host, buffers)]
 
 
-def compute_high(spec: ModelSpec, request: Request, card: Gpu) -> int:
-    """The high estimate of the compute buffer on a card that holds the whole model."""
+def compute_high(spec: ModelSpec, request: Request, cards: Sequence[Gpu]) -> list[int]:
+    """For each card the high estimate of the compute buffer where it holds the whole model."""
     buffers = compute_buffers(spec, request, (0,) * (len(spec.layers) + 1), 0, 1)
-    return _term("gpu0", buffers.cards[0], buffers, _further(card), 4 * buffers.tokens * spec.width).high
+    return [_term("gpu0", buffers.cards[0], buffers, _further(card), 4 * buffers.tokens * spec.width).high for card in cards]
 
 
 def _further(card: Gpu) -> float:
