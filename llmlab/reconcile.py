@@ -5,6 +5,7 @@ their own (`probes`), so that a crash is one line and the peaks are theirs alone
 """
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -102,6 +103,11 @@ class Check:
             f"{_words(r.term)} on {_device(r.device)} is {format_bytes(r.measured)} where "
             + (f"{format_bytes(r.predicted)} was called exact" if r.kind == "exact" else
                f"{format_bytes(r.low)} to {format_bytes(r.high)} was predicted") for r in wrong) + "."
+
+    def figure(self):
+        """Predicted with its band beside measured, a bar a term (plotly)."""
+        from .lab.figures import measured_figure
+        return measured_figure(self)
 
     @cached_property
     def table(self) -> Table:
@@ -255,12 +261,13 @@ def _speed_rows(report: Report, run: dict) -> list[Row]:
     except LabError:
         speed = report.speed
     rows = []
+    busy = f", on a busy machine (load {run['others']:.1f})" if run.get("others", 0) > (os.cpu_count() or 1) / 2 else ""
     for name, rates, got, what in (
             ("prefill", speed.prefill_tps, run["prefill_tps"], f"a prompt of {run['prompt']} tokens, the weights in memory"),
             ("decode", speed.decode_tps, run["decode_tps"], f"{run['written']} tokens after {run['prompt']}")):
         if got:
             low, best, high = rates or (0.0, None, 0.0)
-            rows.append(Row(name, "all", best, "modelled", low, high, got, what, f"for {held} tokens in the cache",
+            rows.append(Row(name, "all", best, "modelled", low, high, got, what + busy, f"for {held} tokens in the cache",
                             unit="tokens/s"))
     return rows
 

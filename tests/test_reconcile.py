@@ -135,8 +135,17 @@ def test_in_a_process_of_its_own(spec):
     check = llmlab.measured(report, timeout=300)
     assert check.row("weights").error == 0 and abs(check.row("compute").error) < 0.03
     assert check.row("loading").measured >= check.row("weights").measured
+    assert "bar" in {trace.type for trace in check.figure().data}
     with pytest.raises(LabError, match="longer than 0.01 s"):
         measured(report, timeout=0.01)
+
+
+def test_a_busy_machine_is_named_beside_its_speeds(spec, monkeypatch):
+    run = {"prompt": 8, "written": 4, "prefill_tps": 10.0, "decode_tps": 5.0}
+    report = llmlab.fit(spec, None, context=256)
+    for load, said in ((0.0, False), (1000.0, True)):
+        rows = reconcile._speed_rows(report, run | {"others": load})
+        assert [("busy machine (load 1000.0)" in row.how) for row in rows] == [said, said]
 
 
 @pytest.mark.parametrize("quant", ["NF4", "INT8"])

@@ -16,7 +16,7 @@ _TOP = Path(__file__).resolve().parents[2]
 
 
 def ask(engine: str, job: dict, timeout: float | None = None) -> dict:
-    """What `llmlab.probes.<engine>.run(job)` returns, run in another process.
+    """What `llmlab.probes.<engine>.run(job)` returns, run in another process, and "others": the load before it.
 
     Raises LabError with the engine's own last words where it fails, crashes or takes longer than `timeout` seconds.
     """
@@ -24,6 +24,7 @@ def ask(engine: str, job: dict, timeout: float | None = None) -> dict:
     # CUDA numbers cards by speed unless told; nvidia-smi, and so llmlab.machine(), numbers them by slot
     environment = os.environ | {"PYTHONPATH": path, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTHONIOENCODING": "utf-8"}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     try:
         done = subprocess.run([sys.executable, "-m", f"llmlab.probes.{engine}"], input=json.dumps(job), text=True,
                               capture_output=True, errors="replace", encoding="utf-8", env=environment, timeout=timeout)
@@ -37,7 +38,7 @@ def ask(engine: str, job: dict, timeout: float | None = None) -> dict:
     answer = json.loads(line.removeprefix(_MARK))
     if "error" in answer:
         raise LabError(answer["error"])
-    return answer
+    return answer | {"others": load}
 
 
 def _ended(code: int) -> str:
