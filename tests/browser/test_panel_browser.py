@@ -60,6 +60,7 @@ def test_an_engine_by_keyboard(book):
     assert not panel.get_by_role("button", name="auto").first.is_visible()
     page.keyboard.press("Home")
     book.wait_words("in Q4_K_M")
+    book.settle()
     panel.get_by_label("ubatch", exact=True).select_option("2,048")
     book.wait_bars(lengths(report(ubatch=2048)))
     panel.get_by_label("flash attention").uncheck()
