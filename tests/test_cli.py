@@ -94,7 +94,11 @@ def test_doctor_calibrates_first_when_asked(capsys, monkeypatch, tmp_path):
     status, out, err = run(capsys, "doctor", "--calibrate", "--json")
     assert status == 0 and json.loads(out)["calibration"]["answer"].startswith("Measured ") and err == ""
     status, out, _ = run(capsys, "doctor")
-    assert status == 0 and "RAM is read at" in out and asked == [False]
+    assert status == 0 and "RAM is read at" in out and len(asked) == 1
+    asked[0](0.5, "RAM")
+    assert capsys.readouterr() == ("", "")
+    asked[0](1.0, "not stored: no space")
+    assert capsys.readouterr().err == "llmlab: not stored: no space\n"
 
 
 @pytest.mark.parametrize("argv, says", [
