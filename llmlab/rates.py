@@ -206,7 +206,9 @@ def _measured(plain: Rates, c: Calibration, cards: int) -> Rates:
     if c.ram_read:
         changes |= {"ram": banded(c.ram_read.best, MEASURED_STREAM), "peak": c.ram_read.high, "words": "RAM as measured"}
     if c.matmul:
-        changes["matmul"] = banded(max(rate.best for rate in c.matmul.values()), MEASURED_MATMUL)
+        # llama.cpp's kernels multiply in 8-bit integers, which torch does slowly on many processors: a class is the least
+        rate = banded(max(rate.best for rate in c.matmul.values()), MEASURED_MATMUL)
+        changes["matmul"] = max(rate, plain.matmul)
     mapped = [f for f in c.disk if f.method == "mmap" and f.cold]
     if mapped:
         changes["mapped"] = banded(max(f.rate.best for f in mapped), (0.75, 1.0, 1.4))

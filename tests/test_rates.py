@@ -89,7 +89,14 @@ def test_measured_ram_is_used_said_and_kept():
     assert 0.6 * 50e9 / read < low < best < 50e9 / read
     later = report.with_(context=1024)
     assert later.rates == report.rates and "measured on 2026-11-22" in later.speed.why
-    assert report.speed.prefill_tps[1] != guess.speed.prefill_tps[1]
+
+
+def test_a_fast_multiplication_counts_and_a_slow_one_says_nothing_of_other_kernels():
+    """llama.cpp's own kernels are no slower for torch's being so: 92 tokens/s where torch's rate alone said 38."""
+    def prefill(*figures):
+        return fit("llama-3-8b", machine(calibrated(*figures)), quant="Q4_K_M", context=512).speed.prefill_tps[1]
+    slow, fast = (replace(MATMUL, low=r, best=r, high=r) for r in (1e11, 9e12))
+    assert prefill(fast) > 2 * prefill() == 2 * prefill(slow)
 
 
 def test_figures_of_a_busy_machine_are_not_below_its_class():
