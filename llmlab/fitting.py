@@ -374,7 +374,7 @@ def _placed(ask: Question, layers: int) -> list[Term]:
 def _whole(ask: Question) -> list[Term]:
     if ask.s.engine == "vllm":
         check_parallel(ask.spec, ask.cards)
-        return vllm_terms(ask.spec, ask.cards, ask.s, ask.c, tuple(map(ask.here.measured_on, ask.cards)))
+        return vllm_terms(ask.spec, ask.cards, ask.s, ask.c, ask.measured)
     return whole_terms(ask.spec, ask.cards, ask.s, ask.c, ask.here)
 
 
@@ -386,7 +386,7 @@ def _judged(ask: Question, gpu_layers: int, terms: list[Term], partial: bool = F
         mine[0] += t.bytes
         mine[1] += t.low
         mine[2] += t.high
-    reserved = reservations(cards, s, terms) if s.engine == "vllm" else ()
+    reserved = reservations(cards, s, terms, ask.measured) if s.engine == "vllm" else ()
     devices = {}
     for i, card in enumerate(cards):
         free = reserved[i].room(free_bytes(card)) if reserved else free_bytes(card)

@@ -113,12 +113,13 @@ def _cache_share(spec: ModelSpec, c: CacheBytes, n: int) -> int:
     return share
 
 
-def reservations(cards: tuple[Gpu, ...], s: Settings, terms: list[Term]) -> tuple[Reservation, ...]:
+def reservations(cards: tuple[Gpu, ...], s: Settings, terms: list[Term],
+                 measured: tuple[Measured | None, ...] = ()) -> tuple[Reservation, ...]:
     """What vLLM reserves on each card and what it leaves for pages."""
     found = []
     for i, card in enumerate(cards):
         mine = [t for t in terms if t.device == f"gpu{i}"]
-        kept, outside, inside = _split_overhead(card, s, len(cards))
+        kept, outside, inside = _split_overhead(card, s, len(cards), measured[i] if measured else None)
         visible = card.memory - (kept if card.free is None else card.reserved[1])
         requested = int(visible * s.share)
         need = sum(t.bytes for t in mine if t.name in ("kv_cache", "recurrent"))
@@ -132,10 +133,11 @@ def reservations(cards: tuple[Gpu, ...], s: Settings, terms: list[Term]) -> tupl
     return tuple(found)
 
 
-def _split_overhead(card: Gpu, s: Settings, cards: int) -> tuple[int, tuple[int, int, int], tuple[int, int, int]]:
+def _split_overhead(card: Gpu, s: Settings, cards: int,
+                    measured: Measured | None) -> tuple[int, tuple[int, int, int], tuple[int, int, int]]:
     """Of the overhead: what CUDA does not show (best), what lies beside the reservation, and what inside (low, best, high)."""
     hidden, sums = 0, [[0, 0, 0], [0, 0, 0]]
-    for part in parts(card, "vllm", cards, s.display):
+    for part in parts(card, "vllm", cards, s.display, measured):
         if part.hidden:
             hidden += part.best
             continue

@@ -8,7 +8,7 @@ from .beside import anything, beside_needs
 from .catalog import Gpu
 from .hardware import Machine
 from .memory import CacheBytes, Term, Weights
-from .overhead import overhead_term
+from .overhead import Measured, overhead_term
 from .placing import Here, buffers, card_held, free_bytes
 from .rates import Rates
 from .settings import Settings
@@ -29,12 +29,17 @@ class Question:
     here: Here
     rates: Rates
 
+    @property
+    def measured(self) -> tuple[Measured | None, ...]:
+        """What this computer's calibration found on each card."""
+        return tuple(map(self.here.measured_on, self.cards))
+
     @cached_property
     def room(self) -> list[int]:
         """Bytes of each card that are certainly the model's."""
         n, s = len(self.cards), self.s
-        return [free_bytes(card) - overhead_term(card, "", s.engine, n, s.display, self.here.measured_on(card)).high
-                for card in self.cards]
+        return [free_bytes(card) - overhead_term(card, "", s.engine, n, s.display, found).high
+                for card, found in zip(self.cards, self.measured, strict=True)]
 
     @cached_property
     def _known(self) -> dict[tuple[int, int], list[Term]]:

@@ -8,9 +8,10 @@ from llmlab import catalog
 from llmlab.errors import LabError
 from llmlab.fitting import fit
 from llmlab.memory import cache_bytes, loaded_bytes, weights
-from llmlab.reserving import shard_bytes
+from llmlab.overhead import Measured
+from llmlab.reserving import reservations, shard_bytes
 from llmlab.shapes import model_spec
-from llmlab.units import GIB
+from llmlab.units import GIB, MIB
 from llmlab.wording import hint
 
 
@@ -127,3 +128,11 @@ def test_measured_non_torch_memory_and_graphs_lie_inside():
     card = catalog.gpu("rtx-3090-24gb")
     low, _, high = reserved.free_at_start
     assert low <= card.memory - card.reserved[1] - 0.63 * GIB <= high
+
+
+def test_a_measured_context_counts_in_the_reservation_as_in_the_terms():
+    card = catalog.gpu("rtx-3090-24gb")
+    report = fit("llama-3-8b", card, engine="vllm", quant="AWQ_INT4")
+    outside = [reservations((card,), report.settings, list(report.terms), (found,))[0].outside
+               for found in (Measured(200 * MIB), Measured(500 * MIB))]
+    assert outside[1] - outside[0] == 300 * MIB
