@@ -197,7 +197,7 @@ def of_machine(machine: Machine) -> Rates:
     cores = max(1, min(machine.cpu.cores or machine.cpu.usable, machine.cpu.usable))
     plain = replace(USUAL, cores=cores, matmul=_cpu_matmul(cores, wide),
                     words="RAM of this machine not measured, taken for a desktop's: two channels, DDR4-2666 to DDR5-5600")
-    found = getattr(machine, "calibration", None)
+    found = machine.calibration
     return plain if found is None else _measured(plain, found, len(machine.cards))
 
 

@@ -79,10 +79,7 @@ def gemma4(b: Builder) -> Graph:
     cur = g.scale(b.embedded())
     own = _embeddings_of_layers(b, cur)
     for at in b.layers:
-        g.at, x = at.index, cur
-        g.label = "norm"
-        cur = b.norm(at, "attn_norm", x)
-        g.label = "attention"
+        x, cur = cur, b.entered(at, cur)
         factors = None if at.layer.window else b.outer("rope_freqs.weight", at.place)
         cur = _own_or_shared(b, at, *_heads(b, at, cur, factors))
         x = g.add(b.norm(at, "post_attention_norm", cur), x)

@@ -149,6 +149,13 @@ class Builder:
             cur = g.mul(cur, weight)
         return cur if bias is None else g.add(cur, bias)
 
+    def entered(self, at: At, x: Tensor, label: str = "attention") -> Tensor:
+        """The norm that a block begins with; what follows is labelled `label`."""
+        self.g.at, self.g.label = at.index, "norm"
+        cur = self.norm(at, "attn_norm", x)
+        self.g.label = label
+        return cur
+
     def norm(self, at: At, name: str, cur: Tensor, kind: str = "rms", pin: bool = True) -> Tensor:
         """build_norm with a block's tensors."""
         return self.normed(cur, self.weight(at, name), self.weight(at, name, "bias"), kind, at if pin else None)

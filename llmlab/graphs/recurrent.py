@@ -103,11 +103,8 @@ def delta_nets(b: Builder) -> Graph:
     g, recurrence = b.g, Recurrence(b)
     cur = b.embedded()
     for at in b.layers:
-        g.at, x = at.index, cur
-        g.label = "norm"
-        cur = b.norm(at, "attn_norm", x)
+        x, cur = cur, b.entered(at, cur, "attention" if b.has(at, "attn_q") else "recurrence")
         g.expand(cur)
-        g.label = "attention" if b.has(at, "attn_q") else "recurrence"
         cur = _gated_attention(b, at, cur) if b.has(at, "attn_q") else _delta_net(recurrence, at, cur)
         x = g.add(cur, x)
         cur = b.norm(at, "post_attention_norm", x)
@@ -278,10 +275,7 @@ def jamba(b: Builder) -> Graph:
     g, recurrence = b.g, Recurrence(b)
     cur = b.embedded()
     for at in b.layers:
-        g.at, x = at.index, cur
-        g.label = "norm"
-        cur = b.norm(at, "attn_norm", x)
-        g.label = "attention"
+        x, cur = cur, b.entered(at, cur)
         cur = selective_scan(recurrence, at, cur) if b.has(at, "ssm_in") else _attention(b, at, cur, rope=False)
         cur, x = b.picked(at, cur, x)
         x = g.add(x, cur)
@@ -298,10 +292,7 @@ def granite_hybrid(b: Builder) -> Graph:
     scaled = bool(b.said("residual_scale", 0.0))
     cur = b.embedded()
     for at in b.layers:
-        g.at, x = at.index, cur
-        g.label = "norm"
-        cur = b.norm(at, "attn_norm", x)
-        g.label = "attention"
+        x, cur = cur, b.entered(at, cur)
         cur = state_space(recurrence, at, cur) if b.has(at, "ssm_in") else _attention(
             b, at, cur, rope=bool(b.said("rope.scaling.finetuned", True)))
         cur, x = b.picked(at, cur, x)
@@ -318,10 +309,7 @@ def nemotron_hybrid(b: Builder) -> Graph:
     g, recurrence = b.g, Recurrence(b)
     cur = b.embedded()
     for at in b.layers:
-        g.at, x = at.index, cur
-        g.label = "norm"
-        cur = b.norm(at, "attn_norm", x)
-        g.label = "attention"
+        x, cur = cur, b.entered(at, cur)
         if b.has(at, "ssm_in"):
             cur = state_space(recurrence, at, cur)
         elif b.has(at, "attn_q"):
@@ -381,10 +369,7 @@ def short_convolutions(b: Builder) -> Graph:
     g, recurrence = b.g, Recurrence(b)
     cur = b.embedded()
     for at in b.layers:
-        g.at, x = at.index, cur
-        g.label = "norm"
-        cur = b.norm(at, "attn_norm", x)
-        g.label = "attention"
+        x, cur = cur, b.entered(at, cur)
         cur = _attention(b, at, cur) if b.has(at, "attn_q") else _short_convolution(recurrence, at, cur)
         cur, x = b.picked(at, cur, x)
         x = g.add(x, cur)

@@ -19,7 +19,7 @@ def compute_terms(spec: ModelSpec, request: Request, where: Sequence[int], n_cpu
                   weights: Weights) -> list[Term]:
     """The terms "compute", one a card and last the host's."""
     buffers = compute_buffers(spec, request, tuple(where), n_cpu_moe, len(cards), weights)
-    terms = [_term(f"gpu{i}", peak, buffers, _further(cards[i]), 4 * buffers.tokens * spec.width)
+    terms = [_term(f"gpu{i}", peak, buffers, _further(cards[i]), _older(spec, peak, buffers))
              for i, peak in enumerate(buffers.cards)]
     return [*terms, _term("host", buffers.host, buffers)]
 
@@ -27,19 +27,31 @@ def compute_terms(spec: ModelSpec, request: Request, where: Sequence[int], n_cpu
 def compute_high(spec: ModelSpec, request: Request, cards: Sequence[Gpu]) -> list[int]:
     """For each card the high estimate of the compute buffer where it holds the whole model."""
     buffers = compute_buffers(spec, request, (0,) * (len(spec.layers) + 1), 0, 1)
-    return [_term("gpu0", buffers.cards[0], buffers, _further(card), 4 * buffers.tokens * spec.width).high for card in cards]
+    peak = buffers.cards[0]
+    older = _older(spec, peak, buffers)
+    return [_most(peak, buffers, _further(card), older) for card in cards]
 
 
 def _further(card: Gpu) -> float:
     return 1.0 if card.vendor in ("NVIDIA", "AMD") else OTHER_CARDS
 
 
+def _older(spec: ModelSpec, peak: Peak, buffers: Buffers) -> int:
+    """What builds of 2025 held more on a card beside logits: one activation (three printed logs of that year)."""
+    return 4 * buffers.tokens * spec.width if any(label == "logits" for label, *_ in peak.held) else 0
+
+
+def _band(buffers: Buffers) -> tuple[float, float]:
+    return EXACT if buffers.verified else UNSURE
+
+
+def _most(peak: Peak, buffers: Buffers, further: float, older: int) -> int:
+    return int(max(peak.bytes * _band(buffers)[1] * further, peak.bytes + older)) if peak.bytes else 0
+
+
 def _term(device: str, peak: Peak, buffers: Buffers, further: float = 1.0, older: int = 0) -> Term:
-    """`older`: what builds of 2025 held more on a card beside logits, one activation (three printed logs of that year)."""
-    low, high = EXACT if buffers.verified else UNSURE
-    older = older if any(label == "logits" for label, *_ in peak.held) else 0
-    most = max(peak.bytes * high * further, peak.bytes + older) if peak.bytes else 0
-    return modelled("compute", device, peak.bytes, peak.bytes * low, most, why(peak, buffers, further != 1.0, older))
+    return modelled("compute", device, peak.bytes, peak.bytes * _band(buffers)[0], _most(peak, buffers, further, older),
+                    why(peak, buffers, further != 1.0, older))
 
 
 def why(peak: Peak, buffers: Buffers, other: bool = False, older: int = 0) -> str:
@@ -61,4 +73,4 @@ def why(peak: Peak, buffers: Buffers, other: bool = False, older: int = 0) -> st
         text += "; logits for all of them (llama-server asks for fewer)"
     if older:
         text += f"; builds of 2025 held {format_bytes(older)} more"
-    return text + ("; measured on CUDA's rules, other kernels keep more" if other else "")
+    return text + ("; laid out by CUDA's rules, other kernels keep more" if other else "")
