@@ -1,7 +1,9 @@
 """The whole catalogue at once: for every model and card, the best quant with which all of it fits."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from . import catalog
 from .catalog import Gpu
@@ -83,7 +85,9 @@ def fit_map(models: Iterable | None = None, cards: Iterable | None = None, conte
             rows.append((None,) * len(chosen))
             continue
         working = dict(zip(makers, compute_high(spec, Request(context, ubatch, kv=types), list(makers.values())), strict=True))
-        rows.append(tuple(next((quant for quant, need in needs if need + working[card.vendor] <= space), None)
+        quants = [quant for quant, _ in needs]
+        least = [-need for need in accumulate((need for _, need in needs), min)]       # a step of the ladder may need more
+        rows.append(tuple(quants[at] if (at := bisect_left(least, working[card.vendor] - space)) < len(quants) else None
                           for card, space in zip(chosen, room, strict=True)))
     if specs and len(refused) == len(specs):
         raise refused[0]

@@ -396,39 +396,50 @@ def _cache_bytes(spec: ModelSpec, context: int, kv: tuple[str, str], engine: str
         cells, sliding_cells = align(-(-context // sequences), PAGE) * sequences, None
     else:
         cells, sliding_cells = context, None
+    rows, states = _rows(spec, kv, engine, flash), _states(spec)
+    kept = {0: cells}                   # cells by window
+    for window in {window for _, window in rows} - {0}:
+        if engine == "llama.cpp":
+            kept[window] = sliding_cells
+        elif engine == "vllm":
+            kept[window] = _window_pages(window, ubatch, -(-context // sequences)) * PAGE * sequences
+        else:
+            kept[window] = min(cells, window * sequences)
+    by_layer = [row * kept[window] for row, window in rows]
+    full = sum(row for row, window in rows if not window) * cells
+    recurrent = tuple([4 * sequences * (1 + drafted) * state for state in states])
+    seen_cells = next((kept[window] for _, window in reversed(rows) if window), 0)
+    if engine == "vllm" and (spare := _spare_pages(rows, cells, seen_cells)):
+        by_layer[max(i for i, bytes in enumerate(by_layer) if bytes)] += spare
+    return CacheBytes(full, sum(by_layer) - full, sum(recurrent), tuple(by_layer), recurrent, cells, seen_cells)
+
+
+@remembered
+def _rows(spec: ModelSpec, kv: tuple[str, str], engine: str, flash: bool) -> tuple[tuple[int, int], ...]:
+    """(bytes of one cell, window) of each layer; 0 bytes where it keeps no cache of its own, 0 where there is no window."""
     row = _row_of(spec, kv, engine, flash)
     rows: dict[tuple, int] = {}
-    by_layer, recurrent = [], []
-    full = sliding = state = seen_cells = 0
+    found = []
     for layer in spec.layers:
-        bytes = 0
-        if layer.owns_kv and layer.attends and not layer.mtp:
-            key = (layer.kv_heads, layer.key_dim, layer.value_dim, layer.mixer == "mla", layer.heads)
-            if key not in rows:
-                rows[key] = row(layer)
-            window = layer.window or (layer.declared_window if engine != "llama.cpp" else 0)
-            if window:
-                if engine == "llama.cpp":
-                    n = sliding_cells
-                elif engine == "vllm":
-                    n = _window_pages(window, ubatch, -(-context // sequences)) * PAGE * sequences
-                else:
-                    n = min(cells, window * sequences)
-                bytes = rows[key] * n
-                sliding += bytes
-                seen_cells = n
-            else:
-                bytes = rows[key] * cells
-                full += bytes
-        by_layer.append(bytes)
-        fixed = 0 if layer.mtp else 4 * sequences * (1 + drafted) * (layer.conv_state + layer.ssm_state)
-        recurrent.append(fixed)
-        state += fixed
-    if engine == "vllm" and (spare := _spare_pages(spec, by_layer, rows, cells, seen_cells)):
-        last = max(i for i, bytes in enumerate(by_layer) if bytes)
-        by_layer[last] += spare
-        sliding += spare
-    return CacheBytes(full, sliding, state, tuple(by_layer), tuple(recurrent), cells, seen_cells)
+        if not layer.owns_kv or not layer.attends or layer.mtp:
+            found.append((0, 0))
+            continue
+        key = (layer.kv_heads, layer.key_dim, layer.value_dim, layer.mixer == "mla", layer.heads)
+        if key not in rows:
+            rows[key] = row(layer)
+        found.append((rows[key], layer.window or (layer.declared_window if engine != "llama.cpp" else 0)))
+    return tuple(found)
+
+
+@remembered
+def _states(spec: ModelSpec) -> tuple[int, ...]:
+    """Numbers that each layer keeps of a sequence, but for its cache."""
+    return tuple(0 if layer.mtp else layer.conv_state + layer.ssm_state for layer in spec.layers)
+
+
+@remembered
+def _widest_window(spec: ModelSpec) -> int:
+    return max((layer.window for layer in spec.layers), default=0)
 
 
 def _window_pages(window: int, batch: int, context: int) -> int:
@@ -437,19 +448,18 @@ def _window_pages(window: int, batch: int, context: int) -> int:
     return -(-min(window - 1 + 2 * batch, context) // PAGE) + 1
 
 
-def _spare_pages(spec: ModelSpec, by_layer: list[int], rows: dict, cells: int, window_cells: int) -> int:
+def _spare_pages(rows: tuple[tuple[int, int], ...], cells: int, window_cells: int) -> int:
     """Bytes that vLLM's groups of layers waste: full and sliding layers are put into groups of equally many, the last of
     each kind filled up with layers there are none of (kv_cache_planning.py). One kind of layer, or cells of different
     size: none."""
-    windows = sum(1 for layer, bytes in zip(spec.layers, by_layer, strict=True)
-                  if bytes and (layer.window or layer.declared_window))
-    others = sum(1 for bytes in by_layer if bytes) - windows
-    if not windows or not others or len(set(rows.values())) > 1:
+    windows = sum(1 for row, window in rows if row and window)
+    others = sum(1 for row, window in rows if row and not window)
+    sizes = {row for row, _ in rows if row}
+    if not windows or not others or len(sizes) > 1:
         return 0
     few, many = sorted((windows, others))
     size = many if many < 1.5 * few else few
-    row = next(iter(rows.values()))
-    return row * ((-windows % size) * window_cells + (-others % size) * cells)
+    return sizes.pop() * ((-windows % size) * window_cells + (-others % size) * cells)
 
 
 def mtp_cache(spec: ModelSpec, context: int, sequences: int = 1, unified: bool = False, flash_attention: bool = True) -> int:
@@ -464,8 +474,7 @@ def llama_cells(spec: ModelSpec, context: int, sequences: int, ubatch: int, swa_
     padded = align(context, CONTEXT_PAD)
     per_sequence = padded if unified or sequences == 1 else align(padded // sequences, CONTEXT_PAD)
     streams = 1 if unified else sequences
-    window = max((layer.window for layer in spec.layers), default=0)
-    kept = min(per_sequence, window * (sequences if unified else 1) + ubatch)
+    kept = min(per_sequence, _widest_window(spec) * (sequences if unified else 1) + ubatch)
     sliding = per_sequence if swa_full else align(kept, CONTEXT_PAD)
     return per_sequence * streams, sliding * streams
 

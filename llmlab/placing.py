@@ -3,8 +3,10 @@
 Pure functions from shapes, sizes and settings to terms; nothing here judges.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from struct import pack, unpack
 
 from .activations import cache_type, compute_term, recurrent_bytes
@@ -119,17 +121,38 @@ def placed_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weight
     return terms
 
 
-def card_held(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, w: Weights, c: CacheBytes, gpu_layers: int) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Running sums over the layers, first 0: bytes a card takes with each of them, and those of its experts; the output's."""
+
+    layers: tuple[int, ...]
+    experts: tuple[int, ...]
+    output: int
+
+
+def sums(spec: ModelSpec, w: Weights, c: CacheBytes) -> Sums:
+    """What `card_held` adds up, once for all placements."""
+    loaded = [not layer.mtp for layer in spec.layers]           # else: in the file, not loaded unless drafting is on
+    each = zip(loaded, w.by_layer, w.card_padding, c.by_layer, c.recurrent_by_layer, strict=False)
+    return Sums((0, *accumulate(is_loaded * sum(bytes) for is_loaded, *bytes in each)),
+                (0, *accumulate(a * b for a, b in zip(loaded, w.experts_by_layer, strict=True))),
+                w.output + w.card_padding[len(loaded)])
+
+
+def card_held(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, of: Sums, gpu_layers: int) -> list[int]:
     """Bytes of weights, cache and state that `gpu_layers` put on each card: the sums of `placed_terms`, cheaper."""
     count = len(spec.layers)
+    start = max(count + 1 - gpu_layers, 0)
+    if not cards or start > count:
+        return [0] * len(cards)
     where = assignment(spec, cards, s, gpu_layers)
-    held = [0] * len(cards)
-    for i in range(max(count + 1 - gpu_layers, 0), count):
-        if not spec.layers[i].mtp:
-            held[where[i]] += w.by_layer[i] + w.card_padding[i] + c.by_layer[i] + c.recurrent_by_layer[i] - (
-                w.experts_by_layer[i] if i < s.n_cpu_moe else 0)
-    if where[count] >= 0:
-        held[where[count]] += w.output + w.card_padding[count]
+    held = []
+    for card in range(len(cards)):
+        end = min(bisect_right(where, card, start), count)           # a card's layers lie together, in the cards' order
+        out = min(s.n_cpu_moe, end), min(s.n_cpu_moe, start)
+        held.append(of.layers[end] - of.layers[start] - of.experts[out[0]] + of.experts[out[1]])
+        start = end
+    held[where[count]] += of.output
     return held
 
 

@@ -9,7 +9,7 @@ from .catalog import Gpu
 from .hardware import Machine
 from .memory import CacheBytes, Term, Weights
 from .overhead import Measured, overhead_term
-from .placing import Here, buffers, card_held, free_bytes
+from .placing import Here, Sums, buffers, card_held, free_bytes, sums
 from .rates import Rates
 from .settings import Settings
 from .shapes import ModelSpec
@@ -42,13 +42,18 @@ class Question:
                 for card, found in zip(self.cards, self.measured, strict=True)]
 
     @cached_property
+    def sums(self) -> Sums:
+        """What the layers hold, running."""
+        return sums(self.spec, self.w, self.c)
+
+    @cached_property
     def _known(self) -> dict[tuple[int, int], list[Term]]:
         return {}
 
     def with_experts_out(self, n_cpu_moe: int) -> "Question":
         """The same question with that many blocks' experts in RAM; what is known stays known."""
         asked = replace(self, s=self.settings(n_cpu_moe))
-        asked.__dict__["_known"] = self._known
+        asked.__dict__.update(_known=self._known, sums=self.sums)
         return asked
 
     def settings(self, n_cpu_moe: int) -> Settings:
@@ -81,12 +86,12 @@ class Question:
 
     def surely_too_large(self, layers: int) -> bool:
         """Whether weights and cache alone are more than a card has free."""
-        held = card_held(self.spec, self.cards, self.s, self.w, self.c, layers)
+        held = card_held(self.spec, self.cards, self.s, self.sums, layers)
         return any(size > free_bytes(card) for size, card in zip(held, self.cards, strict=True))
 
     def fits(self, layers: int, n_cpu_moe: int, working: list[int] | None = None) -> bool:
         """Whether that many layers fit the cards for certain; `working` taken for granted where it is given."""
-        held = card_held(self.spec, self.cards, self.settings(n_cpu_moe), self.w, self.c, layers)
+        held = card_held(self.spec, self.cards, self.settings(n_cpu_moe), self.sums, layers)
         if any(size > room for size, room in zip(held, self.room, strict=True)):
             return False
         working = self.working(layers, n_cpu_moe) if working is None else working

@@ -57,7 +57,18 @@ export default () => {
                 return made;
             });
         },
-        async render(context) { return (await figure).render(context); },
+        async render(context) {
+            const over = (await figure).render(context), { el } = context;
+            // plotly keeps the width a chart had when its height changed, and may draw before its place has one
+            el.on("plotly_afterplot", () => {
+                if (el.layout.width) {
+                    delete el.layout.width;
+                    el.layout.autosize = true;
+                }
+                if (el.clientWidth && el.clientWidth !== el._fullLayout.width) window.dispatchEvent(new Event("resize"));
+            });
+            return over;
+        },
     };
 };
 """.replace("VERSION", plotly.__version__)
@@ -68,8 +79,7 @@ class LiveFigure(go.FigureWidget):
 
     plotly hands its figure to the page once, as it was constructed, and from then on sends edits only. A page that is
     reloaded asks for the state and would be handed that first picture, so `get_state` hands out the present one. It
-    leans on plotly's inner names (`_widget_data`, `_widget_layout`, `_config`, `_send_relayout_msg`); the browser test
-    watches them.
+    leans on plotly's inner names (`_widget_data`, `_widget_layout`, `_config`); the browser test watches them.
     """
 
     _esm = _FIGURE
@@ -98,8 +108,6 @@ class LiveFigure(go.FigureWidget):
                     trace[path] = value
             for path, value in _changes(before["layout"], figure["layout"]):
                 self.layout[path] = value
-        if before["layout"].get("height") != figure["layout"].get("height"):
-            self._send_relayout_msg({"autosize": True, "width": None})      # a new height makes plotly freeze the width
 
     def get_state(self, key=None, drop_defaults=False):
         state = super().get_state(key, drop_defaults)

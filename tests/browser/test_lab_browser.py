@@ -159,6 +159,21 @@ def test_a_reloaded_page_shows_the_present(book):
     book.wait_bars(drawn(8192))
 
 
+def test_a_chart_is_as_wide_as_its_panel_whatever_came_first(book):
+    """A new height and a new width at once: plotly would keep the old width."""
+    def wide() -> bool:
+        chart, panel = (book.page.locator(f".llmlab-fit{part}").first.bounding_box() for part in (" .main-svg", ""))
+        return chart["width"] > 0.97 * panel["width"]
+    for words, side in (("70B on 2 × 24 GB", "collapseLeft"), ("8B on 12 GB", "expandLeft"), ("70B on 24 GB", "collapseLeft")):
+        preset(book, words)
+        book.page.evaluate(f"() => window.jupyterapp.shell.{side}()")
+        for _ in range(40):
+            book.settle()
+            if wide():
+                break
+        assert wide(), words
+
+
 @pytest.mark.parametrize("size", [(1400, 1000), (1000, 800)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_it_can_be_read_in_both_themes(book, shots, size):
     book.page.set_viewport_size({"width": size[0], "height": size[1]})
