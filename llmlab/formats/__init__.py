@@ -3,9 +3,10 @@
 from importlib import import_module as _import_module
 from pkgutil import iter_modules as _iter_modules
 
-from .registry import BY_ID, FORMATS, Format, register
+from .dequantizing import dequantize
+from .registry import BY_ID, FORMATS, Field, Format, Unpacked, register
 
 for _module in _iter_modules(__path__):
     _import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["BY_ID", "FORMATS", "Format", "register"]
+__all__ = ["BY_ID", "FORMATS", "Field", "Format", "Unpacked", "dequantize", "register"]

@@ -1,13 +1,76 @@
 """Four-bit floating point: a table of 16 values and a scale for each small group.
 
-MXFP4 (OCP Microscaling): 32 weights and one power-of-two byte. NVFP4: 4 groups of 16 weights, one
-E4M3 byte each. NF4 and FP4 are bitsandbytes' own: 64 weights and one float32 maximum; it keeps the
-maxima in a tensor of their own, so a "block" here is a sum of bytes, not a layout on disk.
+MXFP4 (OCP Microscaling): 32 weights and one power-of-two byte. NVFP4: 4 groups of 16 weights, one E4M3 byte each.
+Codes are twice the values (0, 1, 2, 3, 4, 6, 8, 12 with a sign), so that they are whole numbers, and the scale is half
+of what the byte says, as ggml does. NF4 and FP4 are bitsandbytes' own (bnb.py): 64 weights and one float32 maximum; it keeps
+the maxima in a tensor of their own, so a "block" here is a sum of bytes, not a layout on disk.
 """
 
-from .registry import register
+from __future__ import annotations
 
-MXFP4 = register("MXFP4", 39, 32, 1 + 16, "fp4")
-NVFP4 = register("NVFP4", 40, 64, 4 + 32, "fp4")
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from .bits import planes, signed
+from .registry import Field, Unpacked, register
+
+if TYPE_CHECKING:
+    import torch
+
+
+@lru_cache
+def _pairs(device: torch.device) -> torch.Tensor:
+    """The int8 codes of two 4-bit indices a byte apart (low half of each byte of an int16), 4096 of them, as int16."""
+    import torch
+    values = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
+    index = torch.arange(4096)
+    return torch.stack([values[index & 15], values[(index >> 8) & 15]], 1).view(torch.int16).flatten().to(device)
+
+
+def e2m1(indices: torch.Tensor) -> torch.Tensor:
+    """4-bit floats, one a byte (uint8 [..., even]) -> twice their values, int8 of the same shape."""
+    import torch
+    table = _pairs(indices.device)
+    picked = table.index_select(0, indices.view(torch.int16).flatten().to(torch.int32))
+    return picked.view(torch.int8).view(indices.shape)
+
+
+@lru_cache
+def _e8m0(device: torch.device) -> torch.Tensor:
+    """Half of 2^(byte - 127), exactly; bytes 0 and 1 are below the smallest normal float32."""
+    import torch
+    return torch.ldexp(torch.ones(256, dtype=torch.float64), torch.arange(256) - 128).float().to(device)
+
+
+@lru_cache
+def _e4m3(device: torch.device) -> torch.Tensor:
+    """Half of the E4M3 number of a byte, its sign bit left out; 0x7F (not a number) counts as zero, as ggml has it."""
+    import torch
+    byte = torch.arange(256)
+    exponent, mantissa = (byte >> 3) & 15, (byte & 7).double()
+    value = torch.where(exponent == 0, mantissa * 2.0 ** -10, (1 + mantissa / 8) * 2.0 ** (exponent - 8).double())
+    return value.where(byte != 0x7F, 0).float().to(device)
+
+
+def _mxfp4(blocks: torch.Tensor) -> Unpacked:
+    import torch
+    scale = _e8m0(blocks.device).index_select(0, blocks[:, 0].to(torch.int32))
+    return Unpacked(signed(e2m1(planes(blocks[:, 1:], 4, 16))), scale[:, None])
+
+
+def _nvfp4(blocks: torch.Tensor) -> Unpacked:
+    import torch
+    scale = _e4m3(blocks.device).index_select(0, blocks[:, :4].to(torch.int32).flatten())
+    return Unpacked(signed(e2m1(planes(blocks[:, 4:], 4, 8))), scale.view(-1, 4))
+
+
+E2M1 = "4-bit floats (sign, 2 exponent bits, 1 mantissa bit): 0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign; "
+
+MXFP4 = register("MXFP4", 39, 32, 1 + 16, "fp4", _mxfp4, (
+    Field("scale", 0, 1, "a power of two: 2^(byte - 127)"),
+    Field("codes", 1, 17, E2M1 + "low halves of the bytes are weights 0-15, high halves 16-31")))
+NVFP4 = register("NVFP4", 40, 64, 4 + 32, "fp4", _nvfp4, (
+    Field("block scales", 0, 4, "8-bit floats (4 exponent bits, 3 mantissa bits, the sign not used): one for 16 weights"),
+    Field("codes", 4, 36, E2M1 + "8 bytes for 16 weights, low halves the first 8")))
 NF4 = register("NF4", None, 64, 4 + 32, "fp4")
 FP4 = register("FP4", None, 64, 4 + 32, "fp4")

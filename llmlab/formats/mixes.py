@@ -53,10 +53,15 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "FP16": "F16", 
 
 
 def find_mix(name: str) -> Mix:
-    """The mix of that name, case forgiven. Raises UnknownName with the nearest ones."""
+    """The mix of that name, case forgiven; a format that no recipe is named after makes one by itself.
+
+    Raises UnknownName with the nearest ones.
+    """
     from ..catalog import nearest
     key = str(name).strip().upper().replace("-", "_") if isinstance(name, str) else ""
     key = ALIASES.get(key, key)
+    if key not in MIXES and key in FORMATS and FORMATS[key].unpack is not None:
+        return Mix(key, key, "llama.cpp", note=f"{key} wherever rows divide; the output matrix as llama-quantize keeps it")
     if key not in MIXES:
         near = nearest(key, MIXES) if 0 < len(key) < 64 else []
         says = f"did you mean {', '.join(near)}?" if near else "there are Q4_K_M, Q5_K_M, Q8_0, IQ4_XS and more"
