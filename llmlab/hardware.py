@@ -171,18 +171,25 @@ def machine() -> Machine:
     limits = _control_group(_ROOT)
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     limit = limits.memory if limits.memory and limits.memory < memory.total else None
-    available = min(memory.available, limit - limits.used) if limit else memory.available
+    available = ram_available()
     cards, driver, notes = drivers.cards(_ROOT, memory.total, available)
     versions, build = _versions() | ({"NVIDIA driver": driver} if driver else {}), _torch_build()
     disks = _disks(_ROOT, (places.cache(), Path.cwd(), Path.home()))
     cpu = _cpu(_ROOT, limits.cpus)
     here = Machine(
         name=socket.gethostname(), system=_system(), wsl=_is_wsl(_ROOT), cpu=cpu, ram_total=memory.total,
-        ram_available=max(0, available), ram_limit=limit, swap_total=swap.total, cards=cards, disks=disks,
+        ram_available=available, ram_limit=limit, swap_total=swap.total, cards=cards, disks=disks,
         versions=versions, torch_build=build,
         missing=tuple(notes + _lacking(cards, notes, versions, build, disks, cpu)))
     found, note = calibrated.read(here.facts)
     return replace(here, calibration=found, calibration_note=note)
+
+
+def ram_available() -> int:
+    """Bytes a program can take now without swapping; a container's limit is respected."""
+    limits, memory = _control_group(_ROOT), psutil.virtual_memory()
+    within = limits.memory is not None and 0 < limits.memory < memory.total
+    return max(0, min(memory.available, limits.memory - limits.used) if within else memory.available)
 
 
 def doctor() -> Doctor:

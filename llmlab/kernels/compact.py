@@ -1,0 +1,83 @@
+"""Compact: the GGUF bytes themselves, unpacked a cache-sized chunk of rows at a time into scratch, then multiplied.
+
+Nothing is kept but the blocks, which may be pages of the mapped file. Several tokens share each unpacking.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from .. import formats
+from ..formats.plain import STORED
+from . import scratch
+from .arithmetic import multiply_in
+from .unpacking import unpack
+
+
+class Compact:
+    """One matrix as blocks: uint8 [rows, row_bytes] of format `type`, [rows, cols] weights."""
+
+    def __init__(self, blocks: torch.Tensor, type: str, cols: int):
+        self.blocks, self.type, self.rows, self.cols = blocks, type, blocks.shape[0], cols
+        self.plain = _as_numbers(blocks, STORED.get(type))
+
+    def bytes(self) -> int:
+        """What is held besides the blocks."""
+        return 0
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, cols] times the weights' transpose -> [tokens, rows] in x.dtype."""
+        dtype = multiply_in(x.dtype, x.device.type)
+        y = x.new_empty(x.shape[0], self.rows)
+        direct, x = dtype == x.dtype, x.to(dtype)
+        for start, weights in self.chunks(dtype):
+            part = y[:, start:start + weights.shape[0]]
+            if direct:
+                torch.mm(x, weights.T, out=part)
+            else:
+                part.copy_(torch.mm(x, weights.T))
+        return y
+
+    def transposed(self, g: torch.Tensor) -> torch.Tensor:
+        """g [tokens, rows] times the weights -> [tokens, cols] in g.dtype, summed in float32 at least."""
+        dtype = multiply_in(g.dtype, g.device.type)
+        total = torch.zeros(g.shape[0], self.cols, dtype=dtype if dtype == torch.float64 else torch.float32, device=g.device)
+        for start, weights in self.chunks(dtype):
+            part = g[:, start:start + weights.shape[0]].to(dtype)
+            if total.dtype == dtype:
+                total.addmm_(part, weights)
+            else:
+                total += torch.mm(part, weights)
+        return total.to(g.dtype)
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, weights [some rows, cols]), in order; each is overwritten by the next."""
+        if self.plain is not None and self.plain.dtype == dtype:
+            yield 0, self.plain
+            return
+        step = min(self.rows, scratch.rows_at_once(self.cols, self.blocks.device))
+        for start in range(0, self.rows, step or 1):
+            blocks = self.blocks[start:start + step]
+            yield start, unpack(blocks, self.type, scratch.borrow(blocks.shape[0], self.cols, dtype, blocks.device))
+
+    def take(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows of a 1-D index -> [k, cols]; no others are unpacked."""
+        step = scratch.rows_at_once(self.cols, self.blocks.device)
+        out = torch.empty(index.numel(), self.cols, dtype=dtype, device=self.blocks.device)
+        for start in range(0, index.numel(), step):
+            unpack(self.blocks.index_select(0, index[start:start + step]), self.type, out[start:start + step])
+        return out
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """All the weights, [rows, cols]."""
+        if dtype == torch.float64:
+            return formats.dequantize(self.blocks, self.type).double()
+        return formats.dequantize(self.blocks, self.type, dtype)
+
+
+def _as_numbers(blocks: torch.Tensor, dtype: str | None) -> torch.Tensor | None:
+    """The blocks read as numbers in place, where the format is a number an element and the address is even enough."""
+    size = getattr(torch, dtype).itemsize if dtype else 0
+    if not dtype or any(place % size for place in (blocks.data_ptr(), blocks.storage_offset(), *blocks.stride()[:-1])):
+        return None
+    return blocks.view(getattr(torch, dtype))
