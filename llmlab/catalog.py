@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 
 from .errors import LabError, UnknownName
@@ -60,7 +60,8 @@ class Overhead:
 class Quality:
     """How far Llama 3 8B's answers drift: perplexity (None where not published) and mean KL divergence, wikitext-2 test.
 
-    `what` is a quant, or the cache types "q8_0/q4_0" of K and V. Figures compare within one table only.
+    `what` is a quant, or the cache types "q8_0/q4_0" of K and V. Figures compare within one table only; None where nothing
+    was published.
     """
 
     what: str
@@ -69,6 +70,10 @@ class Quality:
     mean_kld: float
     source: str
     note: str
+    bits: float | None  # a weight; or a cached value, K and V averaged
+    bytes: int | None  # of the file, published to 0.01 GiB; None for a cache
+    rms_dp: float | None  # root mean square change of the right token's probability, as a share
+    loss: float | None  # perplexity over that of the table's f16, less 1: 0.028 is 2.8 % worse
 
 
 @dataclass(frozen=True)
@@ -411,19 +416,44 @@ def _overhead(row: dict) -> Overhead:
 @cache
 def quality() -> dict[tuple[str, bool], Quality]:
     """Llama 3 8B by (quant, importance matrix or not): {("Q4_K_M", False): Quality}."""
-    rows = (_quality(row["quant"].upper(), row["imatrix"] != "None", row) for row in _rows("quality_llama3_8b.csv"))
+    published = _rows("quality_llama3_8b.csv")
+    f16 = next(float(row["perplexity"]) for row in published if row["quant"] == "f16")
+    weights = entry("llama-3-8b").params_total
+    rows = [_quality(row["quant"].upper(), row["imatrix"] != "None", row, f16, row["bits_per_weight"],
+                     int(float(row["gib"]) * GIB)) for row in published]
+    rows = [row if row.bits else replace(row, bits=round(row.bytes * 8 / weights, 2)) for row in rows]
     return {(row.what, row.importance): row for row in rows}
 
 
 @cache
 def kv_quality() -> dict[tuple[str, str], Quality]:
     """Llama 3 8B in f16 by (K type, V type): {("q8_0", "q8_0"): Quality}."""
-    return {(row["k"], row["v"]): _quality(f"{row['k']}/{row['v']}", False, row)
-            for row in _rows("kv_quality_llama3_8b.csv")}
+    rows = _rows("kv_quality_llama3_8b.csv")
+    f16 = next(float(row["perplexity"]) for row in rows if row["k"] == row["v"] == "f16")
+    return {(row["k"], row["v"]): _quality(f"{row['k']}/{row['v']}", False, row, f16, row["bits_per_value"], None)
+            for row in rows}
 
 
-def _quality(what: str, importance: bool, row: dict) -> Quality:
-    return Quality(what, importance, _number(row["perplexity"]), float(row["mean_kld"]), row["source"], row["note"])
+def _quality(what: str, importance: bool, row: dict, f16: float, bits: str, size: int | None) -> Quality:
+    perplexity = _number(row["perplexity"])
+    return Quality(what, importance, perplexity, float(row["mean_kld"]), row["source"], row["note"], _number(bits), size,
+                   _number(row["rms_delta_p_percent"], 0.01), perplexity and perplexity / f16 - 1)
+
+
+def published_quality(of: str = "weights") -> "Table":
+    """Llama 3 8B's published quality as a table, best first: by quant, or of="cache" by cache types of K and V.
+
+    `loss` is the perplexity over f16's, less 1; bits that nobody published follow from the size. Raises UnknownName.
+    """
+    tables = {"weights": quality, "cache": kv_quality}
+    if of not in tables:
+        raise UnknownName(f'published_quality(of={of!r}): there are of="weights" and of="cache"')
+    rows = sorted(tables[of]().values(), key=lambda row: row.mean_kld)
+    columns = ("what", "importance", "bits", "bytes", "perplexity", "loss", "mean_kld", "rms_dp")
+    dropped = () if of == "weights" else ("importance", "bytes")
+    return Table(({name: getattr(row, name) for name in columns if name not in dropped} for row in rows),
+                 {"bits": "{:.2f}".format, "bytes": format_bytes, "perplexity": "{:.4f}".format, "loss": "{:+.2%}".format,
+                  "mean_kld": "{:.6f}".format, "rms_dp": "{:.2%}".format})
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------
