@@ -87,6 +87,16 @@ def test_many_rows_are_the_same_as_few(name):
     assert same_bits(whole[:24], formats.dequantize(data[:24], name)) and same_bits(whole[-24:], whole[:24])
 
 
+def test_threads_follow_the_caller_into_inference_mode(monkeypatch):
+    """What is made in inference mode may not be written outside of it, and a pool's threads have a mode of their own."""
+    monkeypatch.setattr(dequantizing, "SHARE", 1 << 12)
+    data = torch.from_numpy(random_bytes("Q4_K"))
+    whole = formats.dequantize(data, "Q4_K")
+    with torch.inference_mode():
+        assert same_bits(formats.dequantize(data, "Q4_K"), whole)
+        assert same_bits(formats.dequantize(data.clone(), "Q4_K", torch.float32, torch.empty(whole.shape)), whole)
+
+
 @pytest.mark.parametrize("name", ABLE)
 def test_unpacked_parts_make_the_weights(name):
     """What kernels build on: whole-number codes, a scale and an offset for runs of neighbours, one product and one sum."""

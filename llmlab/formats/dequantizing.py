@@ -53,7 +53,13 @@ def dequantize(blocks: torch.Tensor | numpy.ndarray, type: str, dtype: torch.dty
     if data.device.type == "cpu" and (workers := min(torch.get_num_threads(), into.numel() // SHARE)) > 1:
         share = -(-len(flat) // workers)
         parts = [(flat[at:at + share], into[at:at + share]) for at in range(0, len(flat), share)]
-        list(_pool(torch.get_num_threads()).map(lambda part: chunks(known, *part), parts))
+        inference = torch.is_inference_mode_enabled()        # a thread has its own, and must write what was made in the caller's
+
+        def work(part: tuple[torch.Tensor, torch.Tensor]) -> None:
+            with torch.inference_mode(inference):
+                chunks(known, *part)
+
+        list(_pool(torch.get_num_threads()).map(work, parts))
     else:
         chunks(known, flat, into)
     return out
