@@ -13,6 +13,8 @@ _FACE = {  # public name -> (module, name there)
     "fit": ("fitting", "fit"), "fit_map": ("fitmap", "fit_map"), "measured": ("reconcile", "measured"),
     "size": ("memory", "size_of"), "mix": ("memory", "mix_of"),
     "fetch": ("sources", "fetch"), "local_models": ("sources", "local_models"),
+    "load": ("loading", "load"),
+    "perplexity": ("quality", "perplexity"), "divergence": ("quality", "divergence"),
     "LabError": ("errors", "LabError"), "formats": ("formats", None),
 }
 __all__ = [*_FACE, "__version__"]
