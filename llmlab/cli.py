@@ -1,4 +1,4 @@
-"""The same functions from a shell: llmlab fit, fits, size, mix, doctor, fetch, models, gpus, lab.
+"""The same functions from a shell: llmlab fit, fits, size, mix, run, doctor, fetch, models, gpus, lab.
 
 Imports wait until a command needs them, so that an answer takes a fraction of a second; nothing here imports torch.
 """
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("quant", metavar="QUANT", nargs="?", help="such as Q4_K_M; as stored in a GGUF, else Q4_K_M")
         one.add_argument("--importance", action="store_true", help="quantized with an importance matrix")
         _finish(one, run)
+    _add_run(commands)
     one = commands.add_parser("doctor", help="what this computer is, what is free, what is missing")
     one.add_argument("--calibrate", action="store_true", help="measure RAM, multiplication, cards, disk first: 25 seconds")
     _finish(one, _doctor)
@@ -110,6 +111,28 @@ def _add_fits(commands) -> None:
     one.add_argument("--context", type=_tokens, default=8192, help="tokens: 8192 (default), 32k")
     one.add_argument("--kv", default="f16", help="cache type, or K,V: q8_0 or q8_0,q4_0 (default f16)")
     _finish(one, _fits)
+
+
+def _add_run(commands) -> None:
+    one = commands.add_parser("run", help="talk with a model in the terminal, or give it one prompt")
+    one.add_argument("model", metavar="FILE", nargs="?", help="GGUF (of a set the first), safetensors folder, or smollm2-135m")
+    one.add_argument("-p", "--prompt", help="one prompt, one answer; a pipe's text is a prompt too")
+    one.add_argument("-f", "--file", help="text that follows the prompt; '-' is the pipe's")
+    one.add_argument("--system", default="", help="the system message: who the model is to be")
+    one.add_argument("--no-chat", action="store_true", help="no chat template: the text is continued as it is")
+    one.add_argument("-n", "--max-tokens", type=int, help="most new tokens (default: until the answer ends)")
+    one.add_argument("-c", "--context", type=_tokens, help="most tokens remembered: 4096, 32k (default: as trained)")
+    one.add_argument("--temp", "--temperature", dest="temperature", type=float, default=0.8,
+                     help="0 takes the likeliest token, higher is more varied (0.8)")
+    one.add_argument("--top-k", type=int, default=40, help="only so many of the likeliest tokens (40; 0: all)")
+    one.add_argument("--top-p", type=float, default=0.95, help="only the likeliest with this share together (0.95; 1: all)")
+    one.add_argument("--min-p", type=float, default=0.05, help="only those this likely beside the likeliest (0.05; 0: all)")
+    one.add_argument("--repeat-penalty", type=float, default=1.0, help="above 1: less of the last 64 tokens again (1: off)")
+    one.add_argument("-s", "--seed", type=int, help="the same seed gives the same text (default: a new one each time)")
+    one.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer (again for several)")
+    one.add_argument("--strategy", default="auto", help="auto (default), compact, fast or reference")
+    one.add_argument("-t", "--threads", type=int, help="of the processor (default: torch's)")
+    one.set_defaults(run=_run)
 
 
 def _whole(text: str) -> int | str:
@@ -211,6 +234,11 @@ def _mix(a: argparse.Namespace, rest: list[str]) -> None:
         return
     for name, type in found.items():
         print(f"{type:8} {name}")
+
+
+def _run(a: argparse.Namespace, rest: list[str]) -> int:
+    from .terminal import run
+    return run(a)
 
 
 def _doctor(a: argparse.Namespace, rest: list[str]) -> None:

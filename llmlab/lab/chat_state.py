@@ -1,0 +1,154 @@
+"""ChatState: a conversation with a model, and how its answers are chosen. An answer comes in a thread of its own."""
+
+import logging
+import threading
+import time
+
+import traitlets as t
+
+from ..errors import LabError
+from ..runtime.conversing import Conversation
+from ..runtime.generating import Options, Stats
+
+SAMPLING = tuple(Options.__dataclass_fields__)
+_Sampling = type("_Sampling", (t.HasTraits,), {name: t.Any(getattr(Options(), name)) for name in SAMPLING})
+_PAUSE = 0.1         # seconds between two looks at an answer that is coming: a page needs no more
+
+
+class ChatState(_Sampling):
+    """The options of generating.Options as traits, and `system`, the system message; `messages` follows, what was asked
+    and answered, and `coming`, the answer as far as it has come while `running`; `stats` of the last answer; `error`.
+
+    `send(text)` begins an answer and returns at once, `end()` ends it, `wait()` waits for it; `ask(text)` is all of it in
+    code and returns the answer. An option that cannot be used leaves the last good ones in place and says why in `error`.
+    Raises LabError for settings that cannot be used.
+    """
+
+    system = t.Unicode()
+    messages = t.List(read_only=True)
+    coming = t.Unicode(read_only=True)
+    running = t.Bool(read_only=True)
+    stats = t.Instance(Stats, allow_none=True, read_only=True)
+    error = t.Unicode(read_only=True)
+
+    def __init__(self, model, tokenizer, context: int | None = None, chat: bool = True, **settings):
+        self._conversation = Conversation(model, tokenizer, settings.get("system", ""), context, chat)
+        self._stopping, self._thread, self._asking = threading.Event(), None, ""
+        super().__init__(**self._known(settings))
+        self.options = Options(**self._sampling)
+
+    def update(self, **settings) -> None:
+        """Change several settings. Raises LabError for a name that is no setting."""
+        with self.hold_trait_notifications():
+            for name, value in self._known(settings).items():
+                setattr(self, name, value)
+
+    @property
+    def chat(self) -> bool:
+        """Whether the model's chat template is used; otherwise texts are continued as they are."""
+        return self._conversation.chat
+
+    @property
+    def asking(self) -> str:
+        """What was asked and is being answered."""
+        return self._asking
+
+    @property
+    def answer(self) -> str:
+        """The last answer in words, or what is wrong."""
+        if self.error or not self.messages:
+            return self.error or "Nothing was asked yet."
+        asked, said = (message["content"] for message in self.messages[-2:])
+        how = f" ({self.stats.tokens} tokens, {self.stats.ended})" if self.stats else ""
+        return f"Asked “{asked}”, the model says: {said}{how}" if self.chat else f"{self._conversation.text}{how}"
+
+    # ---- talking ----------------------------------------------------------------------------------------
+
+    def send(self, text: str) -> None:
+        """Ask, and return at once. Raises LabError while an answer is coming, and where there is nothing to ask."""
+        if self.running:
+            raise LabError("an answer is coming; end it or wait for it first")
+        if not text.strip() and (self.chat or not self.messages):
+            raise LabError("there is nothing to ask; type a text first")
+        self._stopping.clear()
+        self._asking = text
+        self._set(error="", stats=None, coming="", running=True)
+        self._thread = threading.Thread(target=self._answer, args=(text, self.options), daemon=True, name="llmlab chat")
+        self._thread.start()
+
+    def end(self) -> None:
+        """End the answer that is coming, after the present token."""
+        self._stopping.set()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until the answer has come; whether it has."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return not self.running
+
+    def ask(self, text: str) -> str:
+        """Ask, wait, and return the answer. Raises LabError where none could be given."""
+        self.send(text)
+        try:
+            self.wait()
+        except KeyboardInterrupt:
+            self.end()
+            raise
+        if self.error:
+            raise LabError(self.error)
+        return self.messages[-1]["content"] if self.stats.tokens else ""
+
+    def clear(self) -> None:
+        """Begin a new conversation. Raises LabError while an answer is coming."""
+        if self.running:
+            raise LabError("an answer is coming; end it or wait for it first")
+        self._conversation.clear()
+        self._set(error="", stats=None, messages=[])
+
+    def _answer(self, text: str, options: Options) -> None:
+        said, error, shown = "", "", time.monotonic()
+        try:
+            for piece in self._conversation.answer(text, options, self._stopping.is_set):
+                said += piece
+                if time.monotonic() - shown >= _PAUSE:
+                    self.set_trait("coming", said)
+                    shown = time.monotonic()
+        except LabError as wrong:
+            error = str(wrong)
+        except Exception as wrong:
+            logging.getLogger(__name__).exception("while answering")
+            error = f"Something is wrong in llmlab itself: {type(wrong).__name__}: {wrong}"
+        finally:
+            self._set(messages=list(self._conversation.messages), stats=self._conversation.stats, coming="", error=error,
+                      running=False)
+
+    def _set(self, **values) -> None:
+        """Change together what only we change."""
+        with self.hold_trait_notifications():
+            for name, value in values.items():
+                self.set_trait(name, value)
+
+    # ---- settings ---------------------------------------------------------------------------------------
+
+    @property
+    def _sampling(self) -> dict:
+        return {name: getattr(self, name) for name in SAMPLING}
+
+    def _known(self, settings: dict) -> dict:
+        for name in settings:
+            if name not in (*SAMPLING, "system"):
+                raise LabError(f"{name!r} is no setting of a chat; there are {', '.join((*SAMPLING, 'system'))}")
+        return settings
+
+    @t.observe(*SAMPLING)
+    def _follow(self, _=None) -> None:
+        try:
+            self.options = Options(**self._sampling)
+        except LabError as error:
+            self.set_trait("error", str(error))
+        else:
+            self.set_trait("error", "")
+
+    @t.observe("system")
+    def _follow_system(self, change) -> None:
+        self._conversation.system = change["new"]
