@@ -16,6 +16,7 @@ _FACE = {  # public name -> (module, name there)
     "load": ("loading", "load"),
     "perplexity": ("quality", "perplexity"), "divergence": ("quality", "divergence"),
     "LabError": ("errors", "LabError"), "formats": ("formats", None),
+    "kernels": ("kernels", None),
 }
 __all__ = [*_FACE, "__version__"]
 
