@@ -131,6 +131,9 @@ def _add_run(commands) -> None:
     one.add_argument("-s", "--seed", type=int, help="the same seed gives the same text (default: a new one each time)")
     one.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer (again for several)")
     one.add_argument("--strategy", default="auto", help="auto (default), compact, fast or reference")
+    one.add_argument("--device", help="cpu or cuda (default: a card where the model fits on one)")
+    one.add_argument("--dtype", help="of the activations: float32, bfloat16, float16 (default: what this device computes well)")
+    one.add_argument("--quant", help="nf4, nf4-double or int8, for a safetensors folder")
     one.add_argument("-t", "--threads", type=int, help="of the processor (default: torch's)")
     one.set_defaults(run=_run)
 

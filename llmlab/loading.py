@@ -3,20 +3,22 @@
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .errors import BadFile, LabError, UnknownName
 from .gguf import read_gguf
+from .gguf.local import LocalFile
 from .gguf.words import show, show_path
+from .kernels.packing import STRATEGIES
 from .runtime import GGUFSource, Keys, build
 from .units import format_bytes
-from .vocabulary import tokenizer_of
+from .vocabulary import bounded, tokenizer_of
 
 DTYPES = {"float32": torch.float32, "f32": torch.float32, "float16": torch.float16, "f16": torch.float16, "fp16": torch.float16,
           "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-STRATEGIES = ("auto", "compact", "fast", "reference")
 QUANTS = {"nf4": "nf4", "nf4-double": "nf4-double", "nf4_dq": "nf4-double", "int8": "int8"}
 
 
@@ -79,6 +81,9 @@ def _load_gguf(path: Path, device, dtype, strategy: str):
     model = build(GGUFSource(file), keys, dtype, strategy, device)
     model.config._name_or_path = model.name_or_path = file.paths[0]
     packed = [matrix for _, matrix in model.packed()]
+    if any(matrix.mapped for matrix in packed):
+        # of the decoder, which an adapter's wrapping calls as well
+        model.base_model.register_forward_pre_hook(partial(_check_in_place, file.sources))
     ways, reasons = Counter(p.strategy for p in packed), Counter((p.strategy, p.why) for p in packed)
     told = [model.chosen] if model.chosen else []
     told += [f"{count} of {len(packed)} matrices {way} ({why})" for (way, why), count in reasons.most_common(3)]
@@ -89,6 +94,11 @@ def _load_gguf(path: Path, device, dtype, strategy: str):
     if tokenizer is not None and tokenizer.stop_ids:
         model.generation_config.eos_token_id = list(tokenizer.stop_ids)
     return model, tokenizer
+
+
+def _check_in_place(files: tuple[LocalFile, ...], *_) -> None:
+    for file in files:
+        file.check_in_place()
 
 
 # ---- safetensors --------------------------------------------------------------------------------------------
@@ -118,7 +128,7 @@ def _load_folder(path: Path, device, dtype, quant: str | None, strategy: str):
         model, told = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map={"": str(device)}, use_safetensors=True, output_loading_info=True,
             quantization_config=_bitsandbytes(quant, dtype), **settings)
-        tokenizer = AutoTokenizer.from_pretrained(path, **settings) if has_tokenizer else None
+        tokenizer = bounded(AutoTokenizer.from_pretrained(path, **settings), str(path)) if has_tokenizer else None
     except Exception as error:      # a folder can be wrong in many ways, and transformers raises as many kinds of error
         raise BadFile(f"{shown}: transformers cannot load it: {_first_line(error)}") from error
     if missing := sorted(told["missing_keys"]):
@@ -165,10 +175,11 @@ def _find(path: str | os.PathLike) -> Path:
     from .sources import find_local
 
     try:
-        place = Path(os.fsdecode(path)).expanduser()
-        if place.exists():
+        named = os.fsdecode(path)
+        place = Path(named).expanduser()
+        if named and os.path.exists(place):       # false, not an OSError, for a name that is too long
             return place
-        here = find_local(os.fsdecode(path))
+        here = find_local(named)
     except (TypeError, ValueError):
         raise LabError(f"{show(str(path))} is not a path; give the path of a .gguf file or of a safetensors folder") from None
     if here is None:
@@ -182,7 +193,7 @@ def _device(asked, size: int) -> tuple[torch.device, str]:
     if asked is not None:
         try:
             device = torch.device(asked)
-            torch.empty(0, device=device)
+            torch.empty(0, device=device).cpu()      # "meta" can be written to and never read
         except (RuntimeError, AssertionError, TypeError) as error:
             raise LabError(f"device {str(asked)[:40]!r} cannot be used here ({_first_line(error)}); give 'cpu', or leave it "
                            "out") from None

@@ -59,7 +59,7 @@ def _begin(a: Namespace):
         torch.set_num_threads(a.threads)
     from .loading import load
     from .runtime.conversing import Conversation
-    model, tokenizer = load(a.model, strategy=a.strategy)
+    model, tokenizer = load(a.model, a.device, a.dtype, a.quant, a.strategy)
     return Conversation(model, tokenizer, a.system, a.context, chat=not a.no_chat), options
 
 
@@ -201,7 +201,7 @@ def _save(chat, name: str) -> None:
     if not name or not chat.messages:
         raise LabError("nothing was said yet" if name else "/save needs a file's name, such as /save talk.json")
     try:
-        with open(Path(name).expanduser(), "x", encoding="utf-8") as file:
+        with open(Path(name).expanduser(), "x", encoding="utf-8", errors="replace") as file:
             file.write(content)
     except FileExistsError:
         raise LabError(f"{name[:120]} is there already; give another name") from None

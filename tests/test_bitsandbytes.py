@@ -55,3 +55,14 @@ def test_experts_stay_in_sixteen_bits():
     spec = model_spec("qwen3-30b-a3b")
     held = {t.name: type for t, type in zip(spec.tensors, types(spec, "NF4"), strict=True)}
     assert held["blk.0.ffn_up_exps.weight"] == "BF16" and held["blk.0.attn_q.weight"] == "NF4"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_torchs_default_dtype_changes_no_table(kind):
+    from llmlab.formats import bnb
+    before, wanted = torch.get_default_dtype(), bnb._pairs(kind, torch.device("cpu"))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(bnb._pairs.__wrapped__(kind, torch.device("cpu")), wanted)
+    finally:
+        torch.set_default_dtype(before)

@@ -1,6 +1,7 @@
 """Generating: sampling, streaming, stop strings, the memory between turns; against transformers' own generate."""
 
 import logging
+import os
 
 import pytest
 import tiny_chat
@@ -310,9 +311,32 @@ def test_messages_need_a_template(model):
         stream(model, tiny_chat.tokenizer(None), ASK)
 
 
+def test_without_a_vocabulary_nothing_is_said(model):
+    from llmlab.runtime.conversing import Conversation
+    for start in (stream, Conversation):
+        with pytest.raises(LabError, match="has no vocabulary"):
+            start(model, None, "")
+
+
+@pytest.mark.parametrize("prompt", [None, 5, {"role": "user", "content": "x"}])
+def test_what_is_no_prompt_is_said(model, tokenizer, prompt):
+    with pytest.raises(LabError, match="there is no prompt in .*; give a text or a list of messages"):
+        stream(model, tokenizer, prompt)
+
+
+def test_bytes_of_a_shell_that_are_no_utf8_are_read(tokenizer):
+    from llmlab.runtime.generating import prompt_tokens
+    said = os.fsdecode(b"caf\xe9")
+    assert prompt_tokens(tokenizer, said) == prompt_tokens(tokenizer, "caf?")
+    assert "caf?" in tokenizer.decode(prompt_tokens(tokenizer, [{"role": "user", "content": said}]))
+
+
 def test_a_template_that_refuses_says_why(model):
     words = tiny_chat.tokenizer("{{ raise_exception('System role not supported') }}")
     with pytest.raises(LabError, match="refuses this conversation: System role not supported"):
+        stream(model, words, ASK)
+    words = tiny_chat.tokenizer("{{ messages[0].content + 1 }}")
+    with pytest.raises(LabError, match=r"fails on this conversation \(TypeError: .*give a text instead of messages"):
         stream(model, words, ASK)
 
 

@@ -18,16 +18,16 @@ ROOMS = (
     {"catalog"},
     {"formats", "gguf", "shapes", "architectures", "hf_config", "hub", "verified", "wheels",
      "stores", "sources"},
-    {"memory", "activations", "graphs", "rates", "drivers", "calibrated", "hardware"},
+    {"memory", "retyping", "activations", "graphs", "rates", "drivers", "calibrated", "hardware"},
     {"projectors", "settings", "speed", "overhead", "repacking", "placing", "beside", "reserving", "searching", "wording",
      "fitting", "fitmap", "exports", "levers"},
     # -- torch from here on --
     {"kernels"},
-    {"runtime"},
+    {"runtime", "vocabulary"},
     {"offload"},
     {"calibration", "loading", "probes"},
     {"quality", "reconcile", "advice", "endpoints", "server", "sweeps"},
-    {"lab", "cli", "__init__", "__main__"},
+    {"lab", "terminal", "cli", "__init__", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 TORCH_LEVEL = LEVEL["kernels"]

@@ -240,6 +240,21 @@ def test_scratch_is_shared_and_bounded():
     assert scratch.held() == 0
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("format", ["Q4_1", "Q6_K", "IQ4_XS", "MXFP4", "TQ2_0"])
+@pytest.mark.parametrize("strategy", ["compact", "fast", "reference"])
+def test_torchs_default_dtype_changes_nothing(format, strategy, default):
+    x, before = torch.randn(3, COLS), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        packed = kernels.pack(blocks(format), format, strategy)
+        y = kernels.linear(x, packed)
+    finally:
+        torch.set_default_dtype(before)
+    assert packed.bytes == kernels.pack(blocks(format), format, strategy).bytes and y.dtype == torch.float32
+    assert error(y, x.double() @ exact(format).T) < 2e-6
+
+
 def test_copies_share_what_is_packed():
     packed = kernels.pack(blocks("Q4_K"), "Q4_K", "compact")
     assert deepcopy({"weight": packed})["weight"] is packed

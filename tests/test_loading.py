@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import llmlab
 from llmlab import loading
 from llmlab.errors import BadFile, LabError, UnknownName
 from llmlab.gguf import read_gguf, write_gguf
+from llmlab.vocabulary import tokenizer_of
 
 TOP = Path(__file__).resolve().parent.parent
 TOKENS = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -91,11 +93,32 @@ def test_a_set_of_files_is_one_model(tiny, tmp_path):
         llmlab.load(names[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["deleted", "another in its place", "cut short", "written over"])
+def test_a_file_that_changes_under_a_loaded_model(tiny, tmp_path, change):
+    path, other = tmp_path / "live.gguf", tmp_path / "other.gguf"
+    path.write_bytes(tiny[0].read_bytes())
+    other.write_bytes(b"GGUF")
+    model, _ = llmlab.load(path, device="cpu", strategy="compact")
+    before = model(TOKENS).logits
+    if change in ("deleted", "another in its place"):
+        os.remove(path) if change == "deleted" else os.replace(other, path)
+        assert torch.equal(model(TOKENS).logits, before)
+        return
+    if change == "cut short":
+        os.truncate(path, 4096)                 # touching a page beyond would end the process
+    else:
+        os.utime(path, ns=(0, 0))
+    with pytest.raises(BadFile, match="live.gguf has changed since it was opened"):
+        model(TOKENS)
+
+
 @pytest.mark.parametrize(("settings", "says"), [
     ({"strategy": "clever"}, "strategy is 'clever'; give one of auto, compact, fast, reference"),
     ({"dtype": "int8"}, "dtype 'int8' is not one of float32, bfloat16, float16"),
     ({"quant": "nf4"}, "quant='nf4' is for safetensors folders"),
     ({"device": "abacus"}, "device 'abacus' cannot be used here"),
+    ({"device": "meta"}, "device 'meta' cannot be used here"),
 ])
 def test_what_cannot_be_is_said(tiny, settings, says):
     with pytest.raises(LabError, match=re.escape(says)):
@@ -106,6 +129,10 @@ def test_a_name_that_is_not_here_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path))
     with pytest.raises(UnknownName, match=r"'no-such-model' is no file and no model on this computer; fetch it first"):
         llmlab.load("no-such-model")
+    for name in ("", "x" * 5000):
+        with pytest.raises(UnknownName, match="is no file and no model on this computer") as caught:
+            llmlab.load(name)
+        assert len(str(caught.value)) < 400
     with pytest.raises(LabError, match="is not a path"):
         llmlab.load(None)
 
@@ -155,6 +182,24 @@ def test_bitsandbytes_by_transformers_own_config(folder, quant, share, limit):
     assert 0 < divergence(saved(TOKENS).logits, model(TOKENS).logits.float()) < limit
     if quant == "nf4-double":
         assert told.resident_bytes < llmlab.load(path, quant="nf4", dtype="float32", device="cpu")[0].llmlab.resident_bytes
+
+
+def test_a_folders_template_is_bounded_too(folder, tmp_path):
+    """Loaded as transformers loads it, saved again by its own name; a template that reaches out or never ends is one line."""
+    path, _ = folder
+    shutil.copytree(path, tmp_path / "model")
+    real = tokenizer_of(read_gguf(llmlab.fetch("smollm2-135m")))
+    real.save_pretrained(tmp_path / "model")
+    _, tokenizer = llmlab.load(tmp_path / "model")
+    say = [{"role": "user", "content": "Hello"}]
+    assert tokenizer.apply_chat_template(say, tokenize=False) == real.apply_chat_template(say, tokenize=False)
+    for template in ("{{ messages.__class__.__mro__ }}", "{% for i in range(10**9) %}{% endfor %}"):
+        tokenizer.chat_template = template
+        with pytest.raises(LabError) as told:
+            tokenizer.apply_chat_template(say, tokenize=False)
+        assert "model" in str(told.value) and "\n" not in str(told.value)
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/tokenizer_config.json").read_text())["tokenizer_class"]
 
 
 def test_folders_that_cannot_be_used(folder, tmp_path):

@@ -99,6 +99,27 @@ import llmlab.memory as memory
 right = memory.tensor_bytes
 memory.tensor_bytes = lambda type, shape: right(type, shape) * 101 // 100
 """
+ONE_PERCENT_OF_NUMBERS = """
+import llmlab.formats.dequantizing as dequantizing
+right = dequantizing.weights
+def wrong(known, blocks, into):
+    right(known, blocks, into)
+    into *= 1.01
+dequantizing.weights = wrong
+"""
+
+
+@pytest.mark.slow
+def test_one_percent_put_into_the_numbers_fails_the_comparison(tmp_path):
+    """What a block says: by hand, and what is left when it is rounded once more. Without the model's run, which takes long."""
+    book = nbformat.read(FOLDER / "02_quantization.ipynb", 4)
+    upto = next(at for at, cell in enumerate(book.cells) if cell.source.startswith("## What a bit buys"))
+    book.cells = book.cells[:upto]
+    nbformat.write(book, tmp_path / "short.ipynb")
+    (tmp_path / "conftest.py").write_text((FOLDER / "conftest.py").read_text())
+    said = compared(tmp_path / "short.ipynb", ONE_PERCENT_OF_NUMBERS, tmp_path / "wrong").stdout
+    assert "Cell execution caused an exception" in said and "assert np.array_equal(by_hand" in said, said[-3000:]
+    assert "Cell outputs differ" in said and re.search(r"\d+ passed", said), said[-3000:]
 
 
 @pytest.mark.slow

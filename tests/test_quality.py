@@ -492,12 +492,21 @@ def test_perplexity_of_replayed_logits_is_llama_perplexitys(golden):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    (dict(context=200), "at least 400"), (dict(context=2), "3 or more"), (dict(chunks=0), "1 chunk or more"),
+    (dict(context=200), "at least 400"), (dict(context=2), "from 3 up"), (dict(context=33.5), "from 3 up"),
+    (dict(chunks="x"), "1 chunk or more"), (dict(chunks=0), "1 chunk or more"),
     (dict(text=[]), "0 tokens|whole numbers"), (dict(text=[0.5] * 100), "whole numbers"), (dict(text=""), "empty"),
     (dict(text=[WORDS] * 100), "vocabulary 97 tokens"), (dict(text=[-1] * 100), "vocabulary 97 tokens")])
 def test_bad_input_is_said(model, ids, change, says):
     with pytest.raises(LabError, match=says):
         quality.perplexity(model, None, change.pop("text", ids), **{"context": CONTEXT, "progress": False, **change})
+
+
+@pytest.mark.parametrize("nothing", [None, 5])
+def test_what_is_no_model_is_said(model, ids, nothing):
+    with pytest.raises(LabError, match="is no model; give what llmlab.load returned"):
+        quality.perplexity(nothing, None, ids, CONTEXT, progress=False)
+    with pytest.raises(LabError, match="is no model; give what llmlab.load returned"):
+        quality.divergence(model, nothing, ids, CONTEXT, progress=False)
 
 
 def test_bad_answers_are_said(ids):

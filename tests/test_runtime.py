@@ -56,6 +56,16 @@ def test_logits_cache_padding_and_generation_are_the_references(tiny, name):
     assert greedy[0].tolist() == greedy[1].tolist()
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt-oss"])
+@torch.no_grad()
+def test_a_window_of_nothing_is_none(tmp_path, name):
+    """As llama.cpp has it for Gemma 3: every layer looks at everything."""
+    path, layers = tmp_path / "whole.gguf", CASES[name].fields.get("num_hidden_layers", 2)
+    reference = make(name, path, extra={"attention.sliding_window": 0}, sliding_window=512,
+                     layer_types=["full_attention"] * layers)
+    assert divergence(reference(TOKENS).logits, packed(path)(TOKENS).logits) < LIMIT
+
+
 @pytest.mark.parametrize("strategy", ["compact", "fast"])
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2moe", "gemma2", "phi3", "gpt-oss"])
 def test_gradients_are_the_references(tiny, name, strategy):

@@ -1,6 +1,7 @@
 """A packed model behaves as a transformers model, an adapter trains on top of it, and a bad file is one clear line."""
 
 import copy
+import pickle
 import re
 import warnings
 
@@ -52,6 +53,11 @@ def test_it_counts_what_is_packed(model, qwen):
     held = sum(p.bytes + p.mapped for _, p in model.packed())
     assert held < model.get_memory_footprint() == model.llmlab.resident_bytes < held + 20000
     assert {name for name, _ in model.packed()} >= {"lm_head", "model.embed_tokens", "model.layers.1.mlp.up_proj"}
+
+
+def test_pickling_it_is_refused_in_words(model):
+    with pytest.raises(LabError, match="packed weights are not pickled; hand on the path of their file and load it there"):
+        pickle.dumps(model)
 
 
 @torch.no_grad()

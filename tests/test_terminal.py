@@ -30,7 +30,7 @@ def said(monkeypatch, capsys, tmp_path):
         texts = []
         model.register_forward_pre_hook(lambda _, args, named: texts.append(tokenizer.decode(named["input_ids"][0])),
                                         with_kwargs=True)
-        loading.load = lambda path, strategy: (model, tokenizer)
+        loading.load = lambda path, *choices: (model, tokenizer)
         monkeypatch.setitem(sys.modules, "llmlab.loading", loading)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b"")))
         status = cli.main(["run", "model.gguf", *argv])
@@ -113,7 +113,7 @@ from llmlab.cli import main
 tokenizer = tiny_chat.tokenizer()
 loading = sys.modules["llmlab.loading"] = types.ModuleType("llmlab.loading")
 for argv, answers in {runs!r}:
-    loading.load = lambda path, strategy: (tiny_chat.Scripted(tokenizer, *answers, context=100_000), tokenizer)
+    loading.load = lambda path, *choices: (tiny_chat.Scripted(tokenizer, *answers, context=100_000), tokenizer)
     status = main(["run", "model.gguf", *argv])
     print("status", status)
 """
@@ -259,3 +259,10 @@ def test_a_real_model_answers(capsys):
     assert cli.main(["run", str(path), "-p", "What is the capital of France?", "--temp", "0", "-n", "20"]) == 0
     out, err = capsys.readouterr()
     assert out == "The capital of France is Paris.\n" and "7 new tokens" in err and "end of turn" in err
+
+
+def test_what_a_shell_could_not_decode_is_saved(tmp_path):
+    from llmlab import terminal
+    chat = types.SimpleNamespace(messages=[{}], saved=lambda: os.fsdecode(b"caf\xe9"))
+    terminal._save(chat, str(tmp_path / "talk.json"))
+    assert (tmp_path / "talk.json").read_text() == "caf?"

@@ -112,6 +112,7 @@ def _pairs(kind: str, device: torch.device) -> torch.Tensor:
     import torch
     if kind not in ("nf4", "fp4"):
         raise LabError(f"{kind[:60]!r} is no four-bit kind of bitsandbytes; there are nf4 and fp4")
-    values = torch.tensor(NF4) if kind == "nf4" else torch.tensor([*FP4, *(-v for v in FP4)]) / 12
+    values = NF4 if kind == "nf4" else [*FP4, *(-v for v in FP4)]
+    values = torch.tensor(values, dtype=torch.float32) / (1 if kind == "nf4" else 12)
     byte = torch.arange(256)
     return torch.stack([values[byte >> 4], values[byte & 15]], 1).view(torch.int64).flatten().to(device)

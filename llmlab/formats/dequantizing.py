@@ -53,7 +53,7 @@ def dequantize(blocks: torch.Tensor | numpy.ndarray, type: str, dtype: torch.dty
     if data.device.type == "cpu" and (workers := min(torch.get_num_threads(), into.numel() // SHARE)) > 1:
         share = -(-len(flat) // workers)
         parts = [(flat[at:at + share], into[at:at + share]) for at in range(0, len(flat), share)]
-        inference = torch.is_inference_mode_enabled()        # a thread has its own, and must write what was made in the caller's
+        inference = torch.is_inference_mode_enabled()        # a thread has its own, and must write what was made in this one's
 
         def work(part: tuple[torch.Tensor, torch.Tensor]) -> None:
             with torch.inference_mode(inference):

@@ -69,6 +69,16 @@ class LocalFile:
             os.close(handle)
         return found
 
+    def check_in_place(self) -> None:
+        """Raises BadFile where this very file was written to since: pages that it lost end the process when they are
+        touched. A file that another took the place of, or that was deleted, is as it was."""
+        try:
+            found = os.stat(self.name)
+        except OSError:
+            return
+        if found.st_ino == self.stamp[0] and (found.st_size, found.st_mtime_ns) != (self.size, self.stamp[1]):
+            raise self._changed()
+
     def _open(self) -> int:
         """A descriptor of the very file we looked at. Raises BadFile."""
         try:

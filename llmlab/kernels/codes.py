@@ -28,8 +28,8 @@ class Codes(Compact):
         self.group, groups = group, cols // group
         shift = has_offset and middle != 0 and levels(type).low >= middle - 128
         self.codes = torch.empty(self.rows, cols, dtype=torch.int8, device=blocks.device)
-        self.scale = torch.empty(self.rows, groups, device=blocks.device)
-        self.offset = torch.empty(self.rows, groups, device=blocks.device) if has_offset else None
+        self.scale = torch.empty(self.rows, groups, dtype=torch.float32, device=blocks.device)
+        self.offset = torch.empty_like(self.scale) if has_offset else None
         step = scratch.rows_at_once(cols, blocks.device)
         for start in range(0, self.rows, step):
             part = slice(start, start + step)

@@ -29,11 +29,23 @@ def _library() -> _Library:
     return _libraries[-1]
 
 
-# A figure is there at once; plotly's part of it begins when the library has been read, and catches up on what was said.
+# A figure is there at once; plotly's part of it begins when the library has been read. plotly applies what the kernel says
+# to what is drawn and forgets it otherwise, so that what is drawn later (Run All says much before the first picture) would
+# begin with the figure as it was constructed: `keep` writes it down in the model.
 _FIGURE = """
 const name = "llmlab-plotly-VERSION";
-const said = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate", "removeLayoutProps",
-              "removeTraceProps"].map(what => "_py2js_" + what);
+const put = (into, path, value) => {
+    const keys = path.split("."), last = keys.pop();
+    for (const key of keys) into = into[key] ??= {};
+    if (value === null) delete into[last];
+    else if (value !== "_undefined_") into[last] = value;
+};
+const keep = model => {
+    const { style_data, style_traces, layout_data } = model.get("_py2js_update") || {};
+    for (const [path, values] of Object.entries(style_data || {}))
+        style_traces.forEach((at, i) => put(model.get("_widget_data")[at], path, values[i % values.length]));
+    for (const [path, value] of Object.entries(layout_data || {})) put(model.get("_widget_layout"), path, value);
+};
 const library = async model => {
     const holder = await model.widget_manager.get_model(model.get("_library").slice("IPY_MODEL_".length));
     const place = URL.createObjectURL(new Blob([holder.get("script")], { type: "text/javascript" }));
@@ -43,17 +55,11 @@ export default () => {
     let figure;
     return {
         initialize({ model }) {
-            const missed = [];
-            const heard = said.map(what => [what, () => {
-                if (model.get(what) !== null) missed.push([what, model.get(what)]);
-            }]);
-            heard.forEach(([what, hear]) => model.on("change:" + what, hear));
+            model.on("change:_py2js_update", () => keep(model));
             globalThis[name] ??= library(model).catch(error => { delete globalThis[name]; throw error; });
             figure = globalThis[name].then(plotly => {
                 const made = plotly();
-                heard.forEach(([what, hear]) => model.off("change:" + what, hear));
                 made.initialize({ model });
-                for (const [what, value] of missed) { model.set(what, null); model.set(what, value); }
                 return made;
             });
         },

@@ -33,13 +33,15 @@ class Tokens:
     def count(self, context: int, chunks: int | None = None) -> int:
         """How many whole chunks of `context` tokens there are, at most `chunks`. Raises LabError where llama-perplexity
         gives up: below two chunks."""
-        if context < 3:
-            raise LabError(f"a context of {context} tokens scores none: give 3 or more; published figures take {CONTEXT}")
-        if chunks is not None and chunks < 1:
-            raise LabError(f"chunks={chunks}: score 1 chunk or more, or None for the whole text")
+        if not isinstance(context, int) or context < 3:
+            raise LabError(f"a context of {context!r:.40} tokens scores none: give a whole number from 3 up; published figures "
+                           f"take {CONTEXT}")
+        if chunks is not None and (not isinstance(chunks, int) or chunks < 1):
+            raise LabError(f"chunks={chunks!r:.40}: score 1 chunk or more, or None for the whole text")
         if len(self.ids) < 2 * context:
+            less = f" or a context of at most {len(self.ids) // 2}" if len(self.ids) >= 6 else ""
             raise LabError(f"the text has {len(self.ids)} tokens, and a context of {context} takes at least {2 * context}: "
-                           f"give more text or a context of at most {len(self.ids) // 2}")
+                           f"give more text{less}")
         return min(chunks or len(self.ids), len(self.ids) // context)
 
     def chunk(self, index: int, context: int) -> np.ndarray:

@@ -38,6 +38,8 @@ def logits(model: Callable, ids: np.ndarray, where: str, held: Held) -> Iterator
 
     `ids` is int64 [context]; `where` names the chunk in errors. Raises LabError on logits of another shape and on NaN.
     """
+    if not callable(model):
+        raise LabError(f"{model!r:.60} is no model; give what llmlab.load returned first, or another callable that has logits")
     within(ids, _vocabulary(model) or ids.max() + 1)
     for piece in _pieces(model, torch.from_numpy(ids)[None].to(getattr(model, "device", "cpu")), scored(len(ids))):
         if piece.device.type == "mps":

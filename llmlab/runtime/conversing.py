@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 
 from ..errors import LabError
-from .generating import Memory, Options, Stats, has_template, stream
+from .generating import Memory, Options, Stats, check_tokenizer, has_template, stream
 
 
 class Conversation:
@@ -13,10 +13,11 @@ class Conversation:
 
     messages: {"role", "content"} each, what was asked and answered in turn. system: comes before them; may be changed.
     text: in plain continuation, what stands so far. stats: of the last answer, None before its end. Raises LabError for a
-    context that cannot be, and for a system message where there is no template.
+    context that cannot be, for a system message where there is no template, and where there is no tokenizer.
     """
 
     def __init__(self, model, tokenizer, system: str = "", context: int | None = None, chat: bool = True):
+        check_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.chat, self.system = chat and has_template(tokenizer), system
         self.memory = Memory(model, context)

@@ -113,7 +113,9 @@ def _windows(keys: Keys, layers: int, period: int, window: int = 0) -> dict[str,
     if not isinstance(pattern, (tuple, list)) or len(pattern) < layers:
         raise keys.bad("attention.sliding_window_pattern", pattern, f"a list of {layers} layers")
     slides = [bool(p) and bool(window) for p in pattern[:layers]]
-    return {"sliding_window": window or None, "layer_types": ["sliding_attention" if s else "full_attention" for s in slides]}
+    # Without a window one as long as the context: transformers makes its mask even where no layer uses it.
+    return {"sliding_window": window or keys.number("context_length", high=2**40),
+            "layer_types": ["sliding_attention" if s else "full_attention" for s in slides]}
 
 
 def _gemma(keys: Keys, read: Read) -> dict[str, Any]:

@@ -203,6 +203,7 @@ class Stream:
     def __init__(self, model, tokenizer, messages_or_text, options, stopped, memory):
         self.text, self.stats, self.memory = "", None, memory
         self._tokenizer, self._options, self._stopped = tokenizer, options, stopped or (lambda: False)
+        check_tokenizer(tokenizer)
         self._ends = end_tokens(model, tokenizer)
         named = tokenizer.get_added_vocab()
         self._stop_ids = {named[one] for one in options.stop if one in named}
@@ -280,6 +281,13 @@ def _check_room(tokens: int, memory: Memory) -> None:
         raise LabError(f"the prompt is {tokens:,} tokens and the context holds {memory.context:,}; {remedy}")
 
 
+def check_tokenizer(tokenizer) -> None:
+    """Raises LabError where there is none: a file without a vocabulary gives a model alone."""
+    if tokenizer is None:
+        raise LabError("this model's file has no vocabulary, so text cannot be made into tokens; give a file that has one, or "
+                       "another tokenizer of the same model")
+
+
 def has_template(tokenizer) -> bool:
     """Whether the tokenizer knows how its model wants a conversation written."""
     return bool(getattr(tokenizer, "chat_template", None))
@@ -289,14 +297,30 @@ def prompt_tokens(tokenizer, messages_or_text: list[dict] | str) -> list[int]:
     """The tokens of a text (with what the tokenizer puts before every text), or of messages in the chat template (which
     writes that itself). Raises LabError where there is no template."""
     if isinstance(messages_or_text, str):
-        return list(tokenizer(messages_or_text, verbose=False)["input_ids"])
+        return list(tokenizer(_unicode(messages_or_text), verbose=False)["input_ids"])
+    if not isinstance(messages_or_text, (list, tuple)):
+        raise LabError(f"there is no prompt in {messages_or_text!r:.60}; give a text or a list of messages")
     if not has_template(tokenizer):
         raise LabError("this model's file has no chat template; give a text to continue instead of messages")
     try:
         text = tokenizer.apply_chat_template(messages_or_text, tokenize=False, add_generation_prompt=True)
+    except LabError:
+        raise
     except TemplateError as error:       # such as "System role not supported"
-        raise LabError(f"the chat template refuses this conversation: {str(error)[:200]}") from None
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        raise LabError(f"the chat template refuses this conversation: {_one_line(error)}") from None
+    except Exception as error:           # a folder's template is a program by strangers: it fails in any way
+        raise LabError(f"the chat template fails on this conversation ({type(error).__name__}: {_one_line(error)}); give a "
+                       "text instead of messages, or another template") from None
+    return list(tokenizer(_unicode(text), add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _unicode(text: str) -> str:
+    """A shell hands over bytes that are no UTF-8 as lone surrogates, which no tokenizer takes: "?" in their place."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def end_tokens(model, tokenizer) -> set[int]:

@@ -43,6 +43,11 @@ class PackedModel:
     def resize_token_embeddings(self, *args, **kwargs):
         raise LabError(f"the embedding of {self._file} is packed and keeps its rows; add tokens before the model is converted")
 
+    def __reduce_ex__(self, protocol):
+        """copy.deepcopy makes the object by this; pickling it ends in words at the first EmptyWeight."""
+        made = super().__reduce_ex__(protocol)
+        return _empty, (type(self).__bases__[1],), *made[2:]
+
     @property
     def _file(self) -> str:
         return self.name_or_path or "its file"
@@ -52,6 +57,11 @@ def as_packed(model: nn.Module) -> nn.Module:
     """The same object, now of transformers' class with PackedModel before it."""
     model.__class__ = _with_packed(type(model))
     return model
+
+
+def _empty(kind: type) -> nn.Module:
+    found = _with_packed(kind)
+    return found.__new__(found)
 
 
 @cache

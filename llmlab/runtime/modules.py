@@ -26,6 +26,9 @@ class EmptyWeight(nn.Parameter):
     def __deepcopy__(self, memo):
         return empty_weight(self.dtype, self.device, self.ds_numel)
 
+    def __reduce_ex__(self, protocol):
+        raise LabError("packed weights are not pickled; hand on the path of their file and load it there")
+
 
 def empty_weight(dtype: torch.dtype, device: torch.device, size: int) -> EmptyWeight:
     made = torch.empty(0, dtype=dtype, device=device).as_subclass(EmptyWeight).requires_grad_(False)

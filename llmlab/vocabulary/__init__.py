@@ -4,6 +4,6 @@
 transformers sees of it, `templates` fills in chat templates where they can do no harm.
 """
 
-from .tokens import stop_tokens, tokenizer_of
+from .tokens import bounded, stop_tokens, tokenizer_of
 
-__all__ = ["stop_tokens", "tokenizer_of"]
+__all__ = ["bounded", "stop_tokens", "tokenizer_of"]

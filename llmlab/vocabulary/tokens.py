@@ -41,7 +41,73 @@ class _Kept:
         return self.tokenizer
 
 
-class PreTrainedTokenizerFast(transformers.PreTrainedTokenizerFast):
+class BoundedTemplates:
+    """What makes a transformers tokenizer fill in its chat templates in a bounded process. `file`: where they come from."""
+
+    file: str
+
+    def apply_chat_template(self, conversation, tools=None, documents=None, chat_template=None,
+                            add_generation_prompt=False, continue_final_message=False, **options):
+        """As transformers' method; the template is filled in by a bounded process. Raises LabError where the file has none."""
+        known = inspect.signature(super().apply_chat_template).parameters
+        ours = {name: value for name, value in options.items() if name in known}
+        variables = {name: value for name, value in options.items() if name not in known}
+        chat_template = self._template(chat_template, tools)
+        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
+        texts = [self._render(chat_template, list(messages), tools, documents, add_generation_prompt, continue_final_message,
+                              variables) for messages in (conversation if batched else [conversation])]
+        if ours.get("return_assistant_tokens_mask") or ours.get("sanitize_control_tokens"):
+            # These need to know where in the text something came from; the template has just shown that it ends.
+            return super().apply_chat_template(conversation, tools, documents, chat_template, add_generation_prompt,
+                                               continue_final_message, **options)
+        done = [[{"role": "user", "content": text}] for text in texts]
+        return super().apply_chat_template(done if batched else done[0], chat_template="{{ messages[0]['content'] }}", **ours)
+
+    def _template(self, wanted: str | None, tools) -> str:
+        """The template by that name or text; without one the default, or the one for tools where there are tools."""
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        if wanted is not None:
+            return named.get(wanted) or wanted
+        found = tools is not None and named.get("tool_use") or named.get("default")
+        if not found:
+            raise LabError(f"{show_path(self.file)} has no chat template"
+                           + (f" but {', '.join(name for name in named if name != 'default')}" if len(named) > 1 else "")
+                           + "; give plain text instead of messages, or a chat_template")
+        return found
+
+    def _render(self, template, messages, tools, documents, prompt, go_on, variables) -> str:
+        from .templates import render
+
+        if not messages:
+            raise LabError("the conversation is empty; give at least one message")
+        if go_on and prompt:
+            raise LabError("give either continue_final_message or add_generation_prompt, not both")
+        messages = [{key: value for key, value in _plain(message).items() if value is not None} for message in messages]
+        if go_on:
+            _mark_end(messages[-1], go_on if isinstance(go_on, str) else "content")
+        schemas = tools and [tool if isinstance(tool, Mapping) else transformers.utils.get_json_schema(tool) for tool in tools]
+        values = {name: str(token) for name, token in self.special_tokens_map.items() if isinstance(token, str)}
+        values |= _plain(variables) | {"messages": messages, "tools": _plain(schemas) or None, "documents": _plain(documents),
+                                       "add_generation_prompt": prompt}
+        text = render(template, values, self.file)
+        if not go_on:
+            return text
+        at = text.rfind(_CONTINUE)
+        if at < 0:
+            raise LabError(f"{show_path(self.file)}: its chat template does not show the last message; it cannot be continued")
+        return text[:at]
+
+
+def bounded(tokenizer, file: str):
+    """The same tokenizer, of a class of the same name whose chat templates can do no harm."""
+    kind = type(tokenizer)
+    shown = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+    tokenizer.__class__ = type(kind.__name__, (BoundedTemplates, kind), shown)
+    tokenizer.file = file
+    return tokenizer
+
+
+class PreTrainedTokenizerFast(BoundedTemplates, transformers.PreTrainedTokenizerFast):
     """transformers' class under its own name, so that a folder it saves itself to can be loaded by any transformers."""
 
     def __init__(self, vocabulary: Vocabulary):
@@ -98,57 +164,6 @@ class PreTrainedTokenizerFast(transformers.PreTrainedTokenizerFast):
             data = data.removeprefix(b" ")  # the one that encoding put before the text
         text = data.decode(errors="replace")
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
-
-    def apply_chat_template(self, conversation, tools=None, documents=None, chat_template=None,
-                            add_generation_prompt=False, continue_final_message=False, **options):
-        """As transformers' method; the template is filled in by a bounded process. Raises LabError where the file has none."""
-        known = inspect.signature(super().apply_chat_template).parameters
-        ours = {name: value for name, value in options.items() if name in known}
-        variables = {name: value for name, value in options.items() if name not in known}
-        chat_template = self._template(chat_template, tools)
-        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
-        texts = [self._render(chat_template, list(messages), tools, documents, add_generation_prompt, continue_final_message,
-                              variables) for messages in (conversation if batched else [conversation])]
-        if ours.get("return_assistant_tokens_mask") or ours.get("sanitize_control_tokens"):
-            # These need to know where in the text something came from; the template has just shown that it ends.
-            return super().apply_chat_template(conversation, tools, documents, chat_template, add_generation_prompt,
-                                               continue_final_message, **options)
-        done = [[{"role": "user", "content": text}] for text in texts]
-        return super().apply_chat_template(done if batched else done[0], chat_template="{{ messages[0]['content'] }}", **ours)
-
-    def _template(self, wanted: str | None, tools) -> str:
-        """The template by that name or text; without one the default, or the one for tools where there are tools."""
-        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        if wanted is not None:
-            return named.get(wanted) or wanted
-        found = tools is not None and named.get("tool_use") or named.get("default")
-        if not found:
-            raise LabError(f"{show_path(self.file)} has no chat template"
-                           + (f" but {', '.join(name for name in named if name != 'default')}" if len(named) > 1 else "")
-                           + "; give plain text instead of messages, or a chat_template")
-        return found
-
-    def _render(self, template, messages, tools, documents, prompt, go_on, variables) -> str:
-        from .templates import render
-
-        if not messages:
-            raise LabError("the conversation is empty; give at least one message")
-        if go_on and prompt:
-            raise LabError("give either continue_final_message or add_generation_prompt, not both")
-        messages = [{key: value for key, value in _plain(message).items() if value is not None} for message in messages]
-        if go_on:
-            _mark_end(messages[-1], go_on if isinstance(go_on, str) else "content")
-        schemas = tools and [tool if isinstance(tool, Mapping) else transformers.utils.get_json_schema(tool) for tool in tools]
-        values = {name: str(token) for name, token in self.special_tokens_map.items() if isinstance(token, str)}
-        values |= _plain(variables) | {"messages": messages, "tools": _plain(schemas) or None, "documents": _plain(documents),
-                                       "add_generation_prompt": prompt}
-        text = render(template, values, self.file)
-        if not go_on:
-            return text
-        at = text.rfind(_CONTINUE)
-        if at < 0:
-            raise LabError(f"{show_path(self.file)}: its chat template does not show the last message; it cannot be continued")
-        return text[:at]
 
 
 def _mark_end(message: dict, key: str) -> None:
