@@ -14,7 +14,7 @@ from .memory import cache_bytes, cache_types, card_bytes, check_settings
 from .overhead import overhead_term
 from .settings import ladder as checked_ladder
 from .settings import quants_to_try
-from .shapes import ModelSpec, model_spec
+from .shapes import ModelSpec, model_spec, remembered
 from .units import format_count
 
 
@@ -84,7 +84,7 @@ def fit_map(models: Iterable | None = None, cards: Iterable | None = None, conte
             refused.append(error)
             rows.append((None,) * len(chosen))
             continue
-        working = dict(zip(makers, compute_high(spec, Request(context, ubatch, kv=types), list(makers.values())), strict=True))
+        working = dict(zip(makers, _working(spec, Request(context, ubatch, kv=types), tuple(makers.values())), strict=True))
         quants = [quant for quant, _ in needs]
         least = [-need for need in accumulate((need for _, need in needs), min)]       # a step of the ladder may need more
         rows.append(tuple(quants[at] if (at := bisect_left(least, working[card.vendor] - space)) < len(quants) else None
@@ -92,6 +92,12 @@ def fit_map(models: Iterable | None = None, cards: Iterable | None = None, conte
     if specs and len(refused) == len(specs):
         raise refused[0]
     return FitMap(tuple(specs), tuple(chosen), context, types, ladder, tuple(rows))
+
+
+@remembered
+def _working(spec: ModelSpec, request: Request, cards: tuple[Gpu, ...]) -> list[int]:
+    """The compute buffers of the whole model on each card; a slider that comes back finds them here."""
+    return compute_high(spec, request, cards)
 
 
 def _needs(spec: ModelSpec, context: int, kv: tuple[str, str], ladder: tuple[str, ...], ubatch: int) -> list[tuple[str, int]]:
