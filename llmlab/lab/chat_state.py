@@ -1,7 +1,5 @@
 """ChatState: a conversation with a model, and how its answers are chosen. An answer comes in a thread of its own."""
 
-import logging
-import threading
 import time
 
 import traitlets as t
@@ -9,13 +7,13 @@ import traitlets as t
 from ..errors import LabError
 from ..runtime.conversing import Conversation
 from ..runtime.generating import Options, Stats
+from .background import PAUSE, Background, said_of
 
 SAMPLING = tuple(Options.__dataclass_fields__)
 _Sampling = type("_Sampling", (t.HasTraits,), {name: t.Any(getattr(Options(), name)) for name in SAMPLING})
-_PAUSE = 0.1         # seconds between two looks at an answer that is coming: a page needs no more
 
 
-class ChatState(_Sampling):
+class ChatState(_Sampling, Background):
     """The options of generating.Options as traits, and `system`, the system message; `messages` follows, what was asked
     and answered, and `coming`, the answer as far as it has come while `running`; `stats` of the last answer; `error`.
 
@@ -27,13 +25,11 @@ class ChatState(_Sampling):
     system = t.Unicode()
     messages = t.List(read_only=True)
     coming = t.Unicode(read_only=True)
-    running = t.Bool(read_only=True)
     stats = t.Instance(Stats, allow_none=True, read_only=True)
-    error = t.Unicode(read_only=True)
 
     def __init__(self, model, tokenizer, context: int | None = None, chat: bool = True, **settings):
         self._conversation = Conversation(model, tokenizer, settings.get("system", ""), context, chat)
-        self._stopping, self._thread, self._asking = threading.Event(), None, ""
+        self._asking = ""
         super().__init__(**self._known(settings))
         self.options = Options(**self._sampling)
 
@@ -70,32 +66,14 @@ class ChatState(_Sampling):
             raise LabError("an answer is coming; end it or wait for it first")
         if not text.strip() and (self.chat or not self.messages):
             raise LabError("there is nothing to ask; type a text first")
-        self._stopping.clear()
         self._asking = text
         self._set(error="", stats=None, coming="", running=True)
-        self._thread = threading.Thread(target=self._answer, args=(text, self.options), daemon=True, name="llmlab chat")
-        self._thread.start()
-
-    def end(self) -> None:
-        """End the answer that is coming, after the present token."""
-        self._stopping.set()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until the answer has come; whether it has."""
-        if self._thread is not None:
-            self._thread.join(seconds)
-        return not self.running
+        self._begin("chat", self._answer, text, self.options)
 
     def ask(self, text: str) -> str:
         """Ask, wait, and return the answer. Raises LabError where none could be given."""
         self.send(text)
-        try:
-            self.wait()
-        except KeyboardInterrupt:
-            self.end()
-            raise
-        if self.error:
-            raise LabError(self.error)
+        self._finish()
         return self.messages[-1]["content"] if self.stats.tokens else ""
 
     def clear(self) -> None:
@@ -110,23 +88,14 @@ class ChatState(_Sampling):
         try:
             for piece in self._conversation.answer(text, options, self._stopping.is_set):
                 said += piece
-                if time.monotonic() - shown >= _PAUSE:
+                if time.monotonic() - shown >= PAUSE:
                     self.set_trait("coming", said)
                     shown = time.monotonic()
-        except LabError as wrong:
-            error = str(wrong)
         except Exception as wrong:
-            logging.getLogger(__name__).exception("while answering")
-            error = f"Something is wrong in llmlab itself: {type(wrong).__name__}: {wrong}"
+            error = said_of(wrong, "answering")
         finally:
             self._set(messages=list(self._conversation.messages), stats=self._conversation.stats, coming="", error=error,
                       running=False)
-
-    def _set(self, **values) -> None:
-        """Change together what only we change."""
-        with self.hold_trait_notifications():
-            for name, value in values.items():
-                self.set_trait(name, value)
 
     # ---- settings ---------------------------------------------------------------------------------------
 

@@ -1,7 +1,5 @@
 """TwinState: the real model beside its twin in the toy format: both answer, then how far they lie apart is measured."""
 
-import logging
-import threading
 import time
 
 import torch
@@ -13,16 +11,16 @@ from ..loading import load
 from ..quality import Divergence, divergence, tokens_of
 from ..runtime.generating import Options, Stream, has_template, stream
 from ..runtime.requantizing import requantized
+from .background import PAUSE, Background, said_of
 from .quantization_state import QuantizationState
 
 CONTEXT, CHUNKS = 256, 2         # of the measurement: 254 tokens are scored, some seconds on two cores
 PROMPT = "What is the capital of France?"
 MOST_TOKENS = 512
-_PAUSE = 0.1                     # seconds between two looks at what is coming: a page needs no more
 _SETTINGS = ("prompt", "tokens")
 
 
-class TwinState(t.HasTraits):
+class TwinState(Background):
     """`prompt` is answered by the model of a QuantizationState and by its twin, whose block matrices are in the toy format (or
     continued, where there is no chat template), token by token in turn: `texts` (of the model, of the twin) grow while
     `running`; then `drift` is measured. `progress` says what is being done, `toy` which format the twin is in.
@@ -35,14 +33,12 @@ class TwinState(t.HasTraits):
     tokens = t.Any(24)
     texts = t.Tuple(t.Unicode(), t.Unicode(), default_value=("", ""), read_only=True)
     progress = t.Unicode(read_only=True)
-    running = t.Bool(read_only=True)
     toy = t.Instance(Toy, allow_none=True, read_only=True)
     drift = t.Instance(Divergence, allow_none=True, read_only=True)
-    error = t.Unicode(read_only=True)
 
     def __init__(self, quantization: QuantizationState, **settings):
         self._quantization, self._loaded, self._twin = quantization, None, None
-        self._stopping, self._thread, self._asked = threading.Event(), None, ""
+        self._asked = ""
         super().__init__()
         self.update(**settings)
 
@@ -88,44 +84,22 @@ class TwinState(t.HasTraits):
             raise LabError(f"tokens is {self.tokens!r:.40}; give how many new ones, 1 to {MOST_TOKENS}")
         if self._quantization.look.size is None:
             raise LabError(self._quantization.look.size_problem)
-        self._stopping.clear()
         self._asked = self.prompt
         self._set(error="", texts=("", ""), drift=None, toy=self._quantization.toy, progress="", running=True)
-        self._thread = threading.Thread(target=self._work, args=(self.prompt, self.toy, self.tokens), daemon=True,
-                                        name="llmlab twin")
-        self._thread.start()
-
-    def end(self) -> None:
-        """End it after the present step."""
-        self._stopping.set()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until it is done; whether it is."""
-        if self._thread is not None:
-            self._thread.join(seconds)
-        return not self.running
+        self._begin("twin", self._work, self.prompt, self.toy, self.tokens)
 
     def run(self) -> str:
         """Start, wait, and return the answer. Raises LabError where something went wrong."""
         self.start()
-        try:
-            self.wait()
-        except KeyboardInterrupt:
-            self.end()
-            raise
-        if self.error:
-            raise LabError(self.error)
+        self._finish()
         return self.answer
 
     def _work(self, prompt: str, toy: Toy, tokens: int) -> None:
         error, done = "", False
         try:
             done = self._both(prompt, toy, tokens)
-        except LabError as wrong:
-            error = str(wrong)
         except Exception as wrong:
-            logging.getLogger(__name__).exception("while two models ran")
-            error = f"Something is wrong in llmlab itself: {type(wrong).__name__}: {wrong}"
+            error = said_of(wrong, "two models ran")
         finally:
             stopped = self._stopping.is_set() and not done
             self._set(error="" if stopped else error, running=False, progress="Stopped." if stopped else "")
@@ -172,7 +146,7 @@ class TwinState(t.HasTraits):
 
             def done(at: int, of: int) -> None:
                 nonlocal shown
-                if time.monotonic() - shown >= _PAUSE:
+                if time.monotonic() - shown >= PAUSE:
                     self.set_trait("progress", f"Rounding the weights: {at} of {of} matrices.")
                     shown = time.monotonic()
             self._twin = toy, requantized(model, toy, self._stopping.is_set, done)
@@ -186,14 +160,9 @@ class TwinState(t.HasTraits):
             for one in list(coming):
                 if next(one, None) is None:
                     coming.remove(one)
-            if time.monotonic() - shown >= _PAUSE or not coming:
+            if time.monotonic() - shown >= PAUSE or not coming:
                 self.set_trait("texts", tuple(one.text for one in streams))
                 shown = time.monotonic()
-
-    def _set(self, **values) -> None:
-        with self.hold_trait_notifications():
-            for name, value in values.items():
-                self.set_trait(name, value)
 
 
 def drift_words(found: Divergence) -> str:

@@ -1,6 +1,5 @@
 """A model's tensors as blocks of bytes: where they come from (a GGUF here, another source elsewhere), and pieces of them."""
 
-import warnings
 from collections.abc import Callable
 from typing import Protocol
 
@@ -8,6 +7,7 @@ import torch
 
 from ..errors import BadFile, LabError
 from ..formats import FORMATS, dequantize
+from ..formats.dequantizing import as_bytes
 from ..gguf import GGUFFile
 from ..gguf.words import show, show_path
 
@@ -56,11 +56,8 @@ class GGUFSource:
 
     def blocks(self, name: str) -> torch.Tensor:
         tensor = self.file.tensors[name]
-        data = self.file.data(name)
-        with warnings.catch_warnings():      # the map is read-only, and torch has no read-only tensors; nobody writes here
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            flat = torch.from_numpy(data)
-        return flat.view(*tensor.shape[:0:-1], FORMATS[tensor.type].bytes(tensor.shape[0]))
+        known = FORMATS[tensor.type]
+        return as_bytes(self.file.data(name), known).view(*tensor.shape[:0:-1], known.bytes(tensor.shape[0]))
 
     def where(self, name: str) -> str:
         tensor = self.file.tensors.get(name)
