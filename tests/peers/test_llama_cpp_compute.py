@@ -4,7 +4,6 @@ Contexts are planned and not allocated (no_alloc), so that files may be hollow a
 are compared in tests/test_graphs.py, with what a planning build printed.
 """
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -14,11 +13,9 @@ from tiny_gguf import write_hollow, write_tiny
 from tiny_models import _BASE, CONFIGS, tiny_spec
 
 from llmlab.catalog import entries
-from llmlab.errors import Unreachable
 from llmlab.gguf import read_gguf
 from llmlab.graphs import Request, compute_buffers, family_of
 from llmlab.shapes import from_config, from_gguf, model_spec
-from llmlab.sources import fetch
 from llmlab.units import MIB
 
 pytestmark = pytest.mark.peers
@@ -59,16 +56,10 @@ def differences(spec, model, settings) -> list[str]:
     return found
 
 
-def test_smollm2_itself():
+def test_smollm2_itself(smollm2):
     """The real file; allocated, not only planned."""
-    try:
-        path = fetch("smollm2-135m", progress=False)
-    except Unreachable as error:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(error))
-    spec = from_gguf(read_gguf(path))
-    with loaded(path) as model:
+    spec = from_gguf(read_gguf(smollm2))
+    with loaded(smollm2) as model:
         assert differences(spec, model, [s for s in SETTINGS if s[1] < 2048]) == []
 
 

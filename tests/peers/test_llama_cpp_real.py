@@ -1,44 +1,31 @@
 """A real model file, SmolLM2-135M: its own bytes, its cache, and what llama-quantize makes of it (rows of 576 fall back)."""
 
-import os
 
 import pytest
 from llama_engine import context_log, importance_of, llama_cpp, loaded, quantize
 from test_llama_cpp_cache import check, engine_settings, label
 from test_llama_cpp_mix import compare
 
-from llmlab.errors import Unreachable
 from llmlab.gguf import read_gguf
 from llmlab.memory import cache_bytes, size_of
 from llmlab.shapes import from_gguf
-from llmlab.sources import fetch
 
 pytestmark = pytest.mark.peers
 
 
 @pytest.fixture(scope="module")
-def path():
-    try:
-        return fetch("smollm2-135m", progress=False)
-    except Unreachable as error:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(error))
+def spec(smollm2):
+    return from_gguf(read_gguf(smollm2))
 
 
 @pytest.fixture(scope="module")
-def spec(path):
-    return from_gguf(read_gguf(path))
-
-
-@pytest.fixture(scope="module")
-def model(path):
-    with loaded(path) as model:
+def model(smollm2):
+    with loaded(smollm2) as model:
         yield model
 
 
-def test_the_file_itself(path, spec, model):
-    file = read_gguf(path)
+def test_the_file_itself(smollm2, spec, model):
+    file = read_gguf(smollm2)
     size = size_of(spec)
     assert size.tensor_bytes == file.file_bytes - file.header_bytes
     assert size.bits_per_weight * size.elements / 8 == llama_cpp.llama_model_size(model)
@@ -66,10 +53,10 @@ def test_cache_is_what_llama_cpp_prints(case, spec, model):
 @pytest.mark.parametrize("quant,importance", [
     ("Q4_K_M", False), ("Q3_K_S", False), ("IQ4_XS", False), ("Q2_K", False), ("Q4_0", True), ("TQ2_0", False),
     ("Q6_K", False)])
-def test_requantized_it_is_what_we_say(quant, importance, path, spec, tmp_path):
+def test_requantized_it_is_what_we_say(quant, importance, smollm2, spec, tmp_path):
     target = tmp_path / "out.gguf"
     matrix = importance_of(spec.tensors) if importance else None
-    assert quantize(path, target, quant, matrix, allow_requantize=True)
+    assert quantize(smollm2, target, quant, matrix, allow_requantize=True)
     found = compare(spec, read_gguf(target), quant, importance)
     assert not found, "\n".join(found[:20])
     again = from_gguf(read_gguf(target))

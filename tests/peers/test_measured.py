@@ -1,6 +1,5 @@
 """llmlab.measured with the real engines: what was called exact is exact, what was modelled lies in its band."""
 
-import os
 
 import pytest
 from llama_engine import quantize
@@ -8,20 +7,10 @@ from tiny_gguf import write_tiny
 from tiny_models import tiny_spec
 
 import llmlab
-from llmlab.errors import LabError, Unreachable
+from llmlab.errors import LabError
 from llmlab.units import MIB
 
 pytestmark = pytest.mark.peers
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return llmlab.fetch("smollm2-135m", progress=False)
-    except Unreachable as error:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(error))
 
 
 def agrees(check, compute: float = 0.02) -> None:

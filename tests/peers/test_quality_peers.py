@@ -6,7 +6,6 @@ processor sums in another order, and one activation rounded the other way change
 file agree to what rounding makes of them, those of F32 closely.
 """
 
-import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,6 @@ from llama_model import llama_model, watched
 
 import llmlab
 from llmlab import quality
-from llmlab.errors import Unreachable
 from llmlab.quality.passes import Held
 from llmlab.quality.rounding import rounded
 
@@ -29,19 +27,9 @@ RECORDED = SimpleNamespace(tokens=24934, running=(18.0774,), f32=(18.0187,),
 
 
 @pytest.fixture(scope="module")
-def path():
-    try:
-        return llmlab.fetch("smollm2-135m", progress=False)
-    except Unreachable as error:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def loaded(path):
+def loaded(smollm2):
     """Ours: the model, packed, in float32, and its tokenizer."""
-    return llmlab.load(path, dtype="float32")
+    return llmlab.load(smollm2, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +64,16 @@ def ours(loaded, kept):
 
 
 @pytest.fixture(scope="module")
-def theirs(path, kept):
-    with llama_model(path, CONTEXT) as model:
+def theirs(smollm2, kept):
+    with llama_model(smollm2, CONTEXT) as model:
         return kept("llama.cpp", model)
 
 
 @pytest.fixture(scope="module")
-def unpacked(path, kept, tmp_path_factory):
+def unpacked(smollm2, kept, tmp_path_factory):
     """llama.cpp with the same weights in F32, before which it rounds no activation, and its cache in F32."""
     target = tmp_path_factory.mktemp("f32") / "f32.gguf"
-    assert quantize(path, target, "F32", allow_requantize=True)
+    assert quantize(smollm2, target, "F32", allow_requantize=True)
     with llama_model(target, CONTEXT, exact=True) as model:
         yield kept("llama.cpp, F32", model)
     target.unlink()
@@ -99,8 +87,8 @@ def running(one, tokens):
     return quality.perplexity(one.model, None, tokens, CONTEXT, chunks=CHUNKS, progress=False).running
 
 
-def test_the_text_is_the_same_tokens(path, tokens):
-    with llama_model(path, 32) as model:
+def test_the_text_is_the_same_tokens(smollm2, tokens):
+    with llama_model(smollm2, 32) as model:
         assert np.array_equal(model.tokens(quality.text()), tokens.ids)
     assert len(tokens) == RECORDED.tokens and tokens.bos is None
 
@@ -133,13 +121,13 @@ def test_the_two_engines_differ_by_8_bit_activations(loaded, ours, theirs, unpac
     assert file.top1.value > 0.94 and file.ratio.value == pytest.approx(1, abs=0.02)
 
 
-def test_matmul_by_matmul_the_rounding_is_llama_cpps(path, loaded, tokens):
+def test_matmul_by_matmul_the_rounding_is_llama_cpps(smollm2, loaded, tokens):
     """Given what llama.cpp's matmuls read, ours give what they gave, once the input is rounded: in Q8_0 all but exactly; in
     Q4_1 to what llama.cpp loses by keeping each block's sum in float16."""
     layers, ids = loaded[0].model.layers, torch.from_numpy(tokens.ids[:64])[None]
     matmuls = [("attn_norm-0", "Vcur-0", layers[0].self_attn.v_proj), ("ffn_norm-7", "ffn_gate-7", layers[7].mlp.gate_proj),
                ("ffn_swiglu-15", "ffn_out-15", layers[15].mlp.down_proj), ("result_norm", "result_output", loaded[0].lm_head)]
-    seen = watched(path, ids, {name for read, gave, _ in matmuls for name in (read, gave)})
+    seen = watched(smollm2, ids, {name for read, gave, _ in matmuls for name in (read, gave)})
     for read, gave, layer in matmuls:
         x = torch.from_numpy(seen[read]).view(-1, layer.in_features)
         y = torch.from_numpy(seen[gave]).view(len(x), -1)
