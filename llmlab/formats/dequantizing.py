@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-# Weights at a time on a CPU: enough that calls cost little beside it, few enough that malloc keeps the memory between chunks
-# (at twice as many it gives it back each time, and the pages that come anew cost more than the arithmetic).
-CHUNK = 1 << 19
+CHUNK = 1 << 21     # weights that a thread takes apart at a time: enough that calls cost little, few enough to stay in a cache
 SHARE = 1 << 18     # weights that are worth a thread of their own
 CHUNK_DEVICE = 1 << 24      # weights at a time elsewhere: launches are what costs
 
@@ -52,14 +50,13 @@ def dequantize(blocks: torch.Tensor | numpy.ndarray, type: str, dtype: torch.dty
     flat, into = data.reshape(-1, known.block_bytes), out.view(-1, known.block)
     if data.device.type == "cpu" and (workers := min(torch.get_num_threads(), into.numel() // SHARE)) > 1:
         share = -(-len(flat) // workers)
-        parts = [(flat[at:at + share], into[at:at + share]) for at in range(0, len(flat), share)]
         inference = torch.is_inference_mode_enabled()        # a thread has its own, and must write what was made in this one's
 
-        def work(part: tuple[torch.Tensor, torch.Tensor]) -> None:
+        def work(start: int) -> None:
             with torch.inference_mode(inference):
-                chunks(known, *part)
+                chunks(known, flat[start:start + share], into[start:start + share], workers)
 
-        list(_pool(torch.get_num_threads()).map(work, parts))
+        list(_pool(torch.get_num_threads()).map(work, range(0, len(flat), share)))
     else:
         chunks(known, flat, into)
     return out
@@ -74,8 +71,10 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def chunks(known: Format, blocks: torch.Tensor, into: torch.Tensor) -> None:
-    step = max(1, (CHUNK if blocks.device.type == "cpu" else CHUNK_DEVICE) // known.block)
+def chunks(known: Format, blocks: torch.Tensor, into: torch.Tensor, threads: int = 1) -> None:
+    """All of the blocks, by one of so many threads that share a cache."""
+    once = max(min(CHUNK, 2 * CHUNK // threads), CHUNK // 4) if blocks.device.type == "cpu" else CHUNK_DEVICE
+    step = max(1, once // known.block)
     for start in range(0, len(blocks), step):
         weights(known, blocks[start:start + step], into[start:start + step])
 
@@ -108,6 +107,7 @@ if hasattr(os, "register_at_fork"):
 def weights(known: Format, blocks: torch.Tensor, into: torch.Tensor) -> None:
     """The weights of blocks [n, block_bytes] into [n, block] of any float type."""
     import torch
+    _roomy()
     codes, scale, offset = known.unpack(blocks)
     floats = into if into.dtype == torch.float32 else torch.empty(into.shape, dtype=torch.float32, device=into.device)
     groups = floats.view(len(floats), scale.shape[1], -1)
@@ -119,17 +119,27 @@ def weights(known: Format, blocks: torch.Tensor, into: torch.Tensor) -> None:
         into.copy_(floats)
 
 
+@lru_cache
+def _roomy() -> None:
+    """Makes malloc keep what is freed between one operation and the next.
+
+    glibc returns pieces to Linux, and gets them back page by page at several times the arithmetic's cost, up to the size of
+    the largest that it has seen freed: so it is shown one, which nobody writes to.
+    """
+    import torch
+    torch.empty(8 * CHUNK, dtype=torch.uint8)
+
+
 def _stored(numbers: torch.Tensor, out: torch.Tensor) -> None:
     """Numbers as they are stored, into `out`. A NaN of float16 keeps its bits, as in numpy; torch's widening changes some."""
     import torch
     out.copy_(numbers)
-    if numbers.dtype != torch.float16 or out.dtype != torch.float32:
+    if numbers.dtype != torch.float16 or out.dtype != torch.float32 or not numbers.sum().isnan():
         return
     for floats, halves in zip(out.view(-1).split(CHUNK), numbers.reshape(-1).view(torch.int16).split(CHUNK), strict=True):
-        if floats.sum().isnan():
-            words = halves.int()
-            bits = (words & 0x8000) << 16 | 0x7F800000 | (words & 0x3FF) << 13
-            floats.view(torch.int32).copy_(torch.where(floats.isnan(), bits, floats.view(torch.int32)))
+        words = halves.int()
+        bits = (words & 0x8000) << 16 | 0x7F800000 | (words & 0x3FF) << 13
+        floats.view(torch.int32).copy_(torch.where(floats.isnan(), bits, floats.view(torch.int32)))
 
 
 def find(type: str) -> Format:

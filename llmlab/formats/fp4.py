@@ -8,31 +8,17 @@ the maxima in a tensor of their own, so a "block" here is a sum of bytes, not a 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from .bits import planes, signed
+from .bits import levelled, packed, planes
 from .registry import Field, Unpacked, register
 
 if TYPE_CHECKING:
     import torch
 
 
-@lru_cache
-def _pairs(device: torch.device) -> torch.Tensor:
-    """The int8 codes of two 4-bit indices a byte apart (low half of each byte of an int16), 4096 of them, as int16."""
-    import torch
-    values = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
-    index = torch.arange(4096)
-    return torch.stack([values[index & 15], values[(index >> 8) & 15]], 1).view(torch.int16).flatten().to(device)
-
-
-def e2m1(indices: torch.Tensor) -> torch.Tensor:
-    """4-bit floats, one a byte (uint8 [..., even]) -> twice their values, int8 of the same shape."""
-    import torch
-    table = _pairs(indices.device)
-    picked = table.index_select(0, indices.view(torch.int16).flatten().to(torch.int32))
-    return picked.view(torch.int8).view(indices.shape)
+LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)      # twice the values of E2M1
 
 
 @lru_cache
@@ -52,25 +38,27 @@ def _e4m3(device: torch.device) -> torch.Tensor:
     return value.where(byte != 0x7F, 0).float().to(device)
 
 
+def _scales(table: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    return table.index_select(0, packed(part).view(-1).int()).view(part.shape)
+
+
 def _mxfp4(blocks: torch.Tensor) -> Unpacked:
-    import torch
-    scale = _e8m0(blocks.device).index_select(0, blocks[:, 0].to(torch.int32))
-    return Unpacked(signed(e2m1(planes(blocks[:, 1:], 4, 16))), scale[:, None])
+    return Unpacked(levelled(blocks[:, 1:], LEVELS, 16), _scales(_e8m0(blocks.device), blocks[:, :1]))
 
 
 def _nvfp4(blocks: torch.Tensor) -> Unpacked:
-    import torch
-    scale = _e4m3(blocks.device).index_select(0, blocks[:, :4].to(torch.int32).flatten())
-    return Unpacked(signed(e2m1(planes(blocks[:, 4:], 4, 8))), scale.view(-1, 4))
+    return Unpacked(levelled(blocks[:, 4:], LEVELS, 8), _scales(_e4m3(blocks.device), blocks[:, :4]))
 
 
 E2M1 = "4-bit floats (sign, 2 exponent bits, 1 mantissa bit): 0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign; "
 
 MXFP4 = register("MXFP4", 39, 32, 1 + 16, "fp4", _mxfp4, (
-    Field("scale", 0, 1, "a power of two: 2^(byte - 127)"),
-    Field("codes", 1, 17, E2M1 + "low halves of the bytes are weights 0-15, high halves 16-31")))
+    Field("scale", 0, 1, "a power of two: 2^(byte - 127)", lambda part: 2 * _scales(_e8m0(part.device), part)),
+    Field("codes", 1, 17, E2M1 + "low halves of the bytes are weights 0-15, high halves 16-31",
+          partial(planes, bits=4, run=16))))
 NVFP4 = register("NVFP4", 40, 64, 4 + 32, "fp4", _nvfp4, (
-    Field("block scales", 0, 4, "8-bit floats (4 exponent bits, 3 mantissa bits, the sign not used): one for 16 weights"),
-    Field("codes", 4, 36, E2M1 + "8 bytes for 16 weights, low halves the first 8")))
+    Field("block scales", 0, 4, "8-bit floats (4 exponent bits, 3 mantissa bits, the sign not used): one for 16 weights",
+          lambda part: 2 * _scales(_e4m3(part.device), part)),
+    Field("codes", 4, 36, E2M1 + "8 bytes for 16 weights, low halves the first 8", partial(planes, bits=4, run=8))))
 NF4 = register("NF4", None, 64, 4 + 32, "fp4")
 FP4 = register("FP4", None, 64, 4 + 32, "fp4")

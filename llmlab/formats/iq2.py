@@ -46,7 +46,7 @@ def _read_xs(part: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _unpack_xs(blocks: torch.Tensor) -> Unpacked:
     import torch
-    index = words(blocks[:, 2:66], torch.int16).int().bitwise_and_(0xFFFF)      # 9 bits of code, 7 of signs
+    index = words(blocks[:, 2:66], torch.uint16).int()      # 9 bits of code, 7 of signs
     return Unpacked(look_up(signed_grid("IQ2_XS", blocks.device), index), _scales(blocks, 66))
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
-from .bits import halves, planes, spread, words
-from .grids import joined, look_up
+from .bits import halves, levelled, planes, spread
 from .registry import Field, Unpacked, register
 
 if TYPE_CHECKING:
@@ -16,30 +15,14 @@ if TYPE_CHECKING:
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-@cache
-def _fours(device: torch.device) -> torch.Tensor:
-    """The levels in two bytes of codes, int32 [65536]: of the low half of either byte, then of the high halves."""
-    import torch
-    word, levels = torch.arange(1 << 16), torch.tensor(LEVELS, dtype=torch.int8)
-    return joined(torch.stack([levels[word >> at & 15] for at in (0, 8, 4, 12)], -1)).to(device)
-
-
-def _levels(part: torch.Tensor) -> torch.Tensor:
-    """Bytes [n, k] of codes, 16 low halves before their 16 high ones -> int8 levels [n, 2 k]."""
-    import torch
-    found = look_up(_fours(part.device), words(part, torch.int16).int().bitwise_and_(0xFFFF))
-    pairs = found.view(torch.int16).unflatten(1, (-1, 8, 2))
-    return torch.stack((pairs[..., 0], pairs[..., 1]), 2).view(torch.int8).flatten(1)
-
-
 def _unpack_nl(blocks: torch.Tensor) -> Unpacked:
-    return Unpacked(_levels(blocks[:, 2:]), halves(blocks[:, :2]))
+    return Unpacked(levelled(blocks[:, 2:], LEVELS, 16), halves(blocks[:, :2]))
 
 
 def _unpack_xs(blocks: torch.Tensor) -> Unpacked:
     import torch
     six = spread(blocks[:, 4:8], 4) | spread(blocks[:, 2:4], 2) << 4
-    return Unpacked(_levels(blocks[:, 8:]), halves(blocks[:, :2]) * six.view(torch.int8).sub_(32))
+    return Unpacked(levelled(blocks[:, 8:], LEVELS, 16), halves(blocks[:, :2]) * six.view(torch.int8).sub_(32))
 
 
 _CODES = "4 bits a weight, places in the table of 16 levels; of every 16 bytes the low halves first"

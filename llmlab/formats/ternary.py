@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from .bits import halves, planes, signed
+from .bits import halves, packed, planes, signed, woven
 from .registry import Field, Unpacked, register
 
 if TYPE_CHECKING:
@@ -16,15 +16,19 @@ def _digits(part: torch.Tensor) -> torch.Tensor:
     """Weights of -1, 0 and 1, int8 [n, 256], in the order they have, from bytes [n, 52]."""
     import torch
     parts = part.clamp_min(1)         # 0 and 1 hold the same digits, and no power of 3 takes 1 to 0
-    x = torch.empty(len(part), 256, dtype=torch.uint8, device=part.device)
-    for i in range(5):
-        x[:, 32 * i:][:, :32] = parts[:, :32]
-        x[:, 160 + 16 * i:][:, :16] = parts[:, 32:48]
-        if i < 4:
-            x[:, 240 + 4 * i:][:, :4] = parts[:, 48:]
-            parts *= 3                          # modulo 256: the digit before is gone
-    # The digit is the third of 0..255 that x lies in. x - x // 4 - 1 is 63 at 85, 64 at 86, 127 at 170 and 128 at 171.
-    return x.sub_(x >> 2).sub_(65).view(torch.int8).bitwise_right_shift_(6)
+    turns = []
+    for run, count, start in ((32, 5, 0), (16, 5, 32), (4, 4, 48)):
+        each = packed(parts[:, start:start + run]) * _powers(part.device)[:count]      # modulo 256: the digits before are gone
+        turns.append(woven(each, run).view(len(part), -1))
+    # The digit is the third of 0..255 that x lies in: with every border that it passes one more than 85 + 170, which is -1.
+    x = torch.cat(turns, 1)
+    return x.clamp(85, 86).add_(x.clamp_(170, 171)).view(torch.int8)
+
+
+@lru_cache
+def _powers(device: torch.device) -> torch.Tensor:
+    import torch
+    return torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=device)[:, None, None]
 
 
 def _unpack_tq1(blocks: torch.Tensor) -> Unpacked:
