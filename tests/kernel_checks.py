@@ -17,7 +17,7 @@ if str(Path(__file__).parents[1]) not in sys.path:      # run as a script, of a 
 
 from llmlab import formats, kernels
 from llmlab.formats import FORMATS
-from llmlab.kernels import choosing, int4
+from llmlab.kernels import choosing, int4, nibbles
 from llmlab.kernels.unpacking import levels
 
 ROWS, COLS = 67, 512
@@ -68,7 +68,7 @@ def kernel(format: str, strategy: str, dtype: torch.dtype, rows: int = ROWS, col
     if strategy in STRATEGIES:
         return kernels.pack(data, format, strategy, dtype)
     known = levels(format)
-    if known is None or strategy == "int4" and not (int4.planes(known) and dtype in (torch.float16, torch.bfloat16)):
+    if known is None or strategy == "int4" and not (nibbles.planes(known) and dtype in (torch.float16, torch.bfloat16)):
         return None
     packed = kernels.pack(data, format, "compact", dtype)
     made = choosing.kernel(choosing.Recipe(strategy, 0.0, "asked for by a test"), data, format, packed.cols, dtype)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from llmlab import formats, kernels
 from llmlab.errors import LabError
 from llmlab.formats import BY_ID, FORMATS, registry
-from llmlab.kernels import arithmetic, choosing, codes, compact, int4, scratch, unpacking
+from llmlab.kernels import arithmetic, choosing, codes, compact, int4, nibbles, scratch, unpacking
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -273,7 +273,7 @@ def test_what_fast_says_it_holds_is_what_it_was_chosen_by(strategy):
         packed = kernel(format, strategy, torch.bfloat16, 64)
         if packed is not None:
             known = levels = unpacking.levels(format)
-            bits = int4.bits(known, torch.bfloat16) if strategy == "int4" else codes.bits(levels)
+            bits = nibbles.bits(known, torch.bfloat16) if strategy == "int4" else codes.bits(levels)
             assert packed.kernels[0].bytes() * 8 == bits * 64 * COLS
 
 

@@ -15,10 +15,16 @@ from .unpacking import unpack
 
 
 class Compact:
-    """One matrix as blocks: uint8 [rows, row_bytes] of format `type`, [rows, cols] weights."""
+    """One matrix as blocks: uint8 [rows, row_bytes] of format `type`, [rows, cols] weights.
+
+    It multiplies on the `device` where the blocks were when it was made. A kind that seldom reads them (`LEAVES`) may have them
+    taken to another one afterwards; they come back a chunk at a time.
+    """
+
+    LEAVES = False
 
     def __init__(self, blocks: torch.Tensor, type: str, cols: int):
-        self.blocks, self.type, self.rows, self.cols = blocks, type, blocks.shape[0], cols
+        self.blocks, self.type, self.rows, self.cols, self.device = blocks, type, blocks.shape[0], cols, blocks.device
         self.plain = _as_numbers(blocks, STORED.get(type))
 
     def bytes(self) -> int:
@@ -55,24 +61,26 @@ class Compact:
         if self.plain is not None and self.plain.dtype == dtype:
             yield 0, self.plain
             return
-        step = min(self.rows, scratch.rows_at_once(self.cols, self.blocks.device))
+        step = min(self.rows, scratch.rows_at_once(self.cols, self.device))
         for start in range(0, self.rows, step or 1):
-            blocks = self.blocks[start:start + step]
+            blocks = self.blocks[start:start + step].to(self.device)
             yield start, unpack(blocks, self.type, scratch.borrow(blocks.shape[0], self.cols, dtype, blocks.device))
 
     def take(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows of a 1-D index -> [k, cols]; no others are unpacked."""
-        step = scratch.rows_at_once(self.cols, self.blocks.device)
-        out = torch.empty(index.numel(), self.cols, dtype=dtype, device=self.blocks.device)
+        step, index = scratch.rows_at_once(self.cols, self.device), index.to(self.blocks.device)
+        out = torch.empty(index.numel(), self.cols, dtype=dtype, device=self.device)
         for start in range(0, index.numel(), step):
-            unpack(self.blocks.index_select(0, index[start:start + step]), self.type, out[start:start + step])
+            blocks = self.blocks.index_select(0, index[start:start + step]).to(self.device)
+            unpack(blocks, self.type, out[start:start + step])
         return out
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """All the weights, [rows, cols]."""
+        blocks = self.blocks.to(self.device)
         if dtype == torch.float64:
-            return formats.dequantize(self.blocks, self.type).double()
-        return formats.dequantize(self.blocks, self.type, dtype)
+            return formats.dequantize(blocks, self.type).double()
+        return formats.dequantize(blocks, self.type, dtype)
 
 
 def _as_numbers(blocks: torch.Tensor, dtype: str | None) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ class Kernel(Protocol):
     """What a strategy makes of one matrix [rows, cols]."""
 
     blocks: torch.Tensor
+    device: torch.device
 
     def bytes(self) -> int: ...
     def matmul(self, x: torch.Tensor) -> torch.Tensor: ...
@@ -54,7 +55,8 @@ class Packed:
 
     @property
     def device(self) -> torch.device:
-        return self.blocks.device
+        """Where it is multiplied; `blocks` may lie elsewhere."""
+        return self.kernels[0].device if self.kernels else self.blocks.device
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same on another device, packed anew there by the same strategy; itself where it is there already."""
@@ -62,7 +64,7 @@ class Packed:
         device = torch.device(device)
         if torch.empty(0, device=device).device == self.device:
             return self
-        return pack(self.blocks.to(device), self.format, self.strategy, self.dtype, self.name, mapped=False)
+        return pack(self.blocks, self.format, self.strategy, self.dtype, self.name, self.is_mapped, device)
 
     def __deepcopy__(self, memo) -> "Packed":
         return self         # nothing in it ever changes, so copies of a model share it
