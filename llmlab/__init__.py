@@ -13,7 +13,7 @@ _FACE = {  # public name -> (module, name there)
     "fit": ("fitting", "fit"), "fit_map": ("fitmap", "fit_map"), "measured": ("reconcile", "measured"),
     "size": ("memory", "size_of"), "mix": ("memory", "mix_of"),
     "fetch": ("sources", "fetch"), "local_models": ("sources", "local_models"),
-    "load": ("loading", "load"),
+    "load": ("loading", "load"), "decoder": ("starting", "decoder"),
     "perplexity": ("quality", "perplexity"), "divergence": ("quality", "divergence"),
     "LabError": ("errors", "LabError"), "formats": ("formats", None),
     "kernels": ("kernels", None),

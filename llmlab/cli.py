@@ -1,4 +1,4 @@
-"""The same functions from a shell: llmlab fit, fits, size, mix, run, doctor, fetch, models, gpus, lab.
+"""The same functions from a shell: llmlab fit, fits, size, mix, run, bench, doctor, fetch, models, gpus, lab.
 
 Imports wait until a command needs them, so that an answer takes a fraction of a second; nothing here imports torch.
 """
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--importance", action="store_true", help="quantized with an importance matrix")
         _finish(one, run)
     _add_run(commands)
+    _add_bench(commands)
     one = commands.add_parser("doctor", help="what this computer is, what is free, what is missing")
     one.add_argument("--calibrate", action="store_true", help="measure RAM, multiplication, cards, disk first: 25 seconds")
     _finish(one, _doctor)
@@ -130,12 +131,31 @@ def _add_run(commands) -> None:
     one.add_argument("--repeat-penalty", type=float, default=1.0, help="above 1: less of the last 64 tokens again (1: off)")
     one.add_argument("-s", "--seed", type=int, help="the same seed gives the same text (default: a new one each time)")
     one.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer (again for several)")
+    one.add_argument("--engine", default="auto", help="lean: llmlab's own decoder; transformers: its modules, for every "
+                     "model; auto (default): lean where it knows the model")
+    one.add_argument("--compile", action="store_true", help="for this processor: quicker, the first time half a minute later")
     one.add_argument("--strategy", default="auto", help="auto (default), compact, fast or reference")
     one.add_argument("--device", help="cpu or cuda (default: a card where the model fits on one)")
     one.add_argument("--dtype", help="of the activations: float32, bfloat16, float16 (default: what this device computes well)")
     one.add_argument("--quant", help="nf4, nf4-double or int8, for a safetensors folder")
     one.add_argument("-t", "--threads", type=int, help="of the processor (default: torch's)")
     one.set_defaults(run=_run)
+
+
+def _add_bench(commands) -> None:
+    one = commands.add_parser("bench", help="how fast a GGUF runs here, by llmlab and by other engines in the same minutes")
+    one.add_argument("model", metavar="FILE", help="GGUF (of a set the first), or smollm2-135m")
+    one.add_argument("--strategy", metavar="LIST", help="fast, compact, reference, auto: of the lean decoder; with compiled- "
+                     "before it compiled, with modules- by llmlab.load; @bfloat16 after it sets the dtype "
+                     "(default fast,compact,compiled,modules)")
+    one.add_argument("--peers", metavar="LIST", help="llama.cpp, transformers, nf4, bf16 (default: all), or none")
+    one.add_argument("-t", "--threads", type=int, help="of the processor, for everyone (default: as many as there are cores)")
+    one.add_argument("--rounds", type=int, help="how often all take their turn (5)")
+    one.add_argument("--prompt", type=_tokens, help="tokens of the prompt (512)")
+    one.add_argument("--new", type=_tokens, help="tokens written one at a time (64)")
+    one.add_argument("--deep", type=_tokens, help="context after which as many are written again (4096; 0: not)")
+    one.add_argument("--quick", action="store_true", help="two short rounds beside llama.cpp alone")
+    _finish(one, _bench)
 
 
 def _whole(text: str) -> int | str:
@@ -242,6 +262,16 @@ def _mix(a: argparse.Namespace, rest: list[str]) -> None:
 def _run(a: argparse.Namespace, rest: list[str]) -> int:
     from .terminal import run
     return run(a)
+
+
+def _bench(a: argparse.Namespace, rest: list[str]) -> None:
+    from .benching import bench
+    found = bench(a.model, peers=a.peers, strategies=a.strategy, threads=a.threads, rounds=a.rounds, prompt=a.prompt, new=a.new,
+                  deep=a.deep, quick=a.quick, progress=lambda text: print(f"llmlab: {text}", file=sys.stderr, flush=True))
+    if a.json:
+        _print_json(found.to_dict())
+    else:
+        print(found)
 
 
 def _doctor(a: argparse.Namespace, rest: list[str]) -> None:

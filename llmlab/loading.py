@@ -1,8 +1,9 @@
 """`llmlab.load`: the path of a model in, a transformers model and its tokenizer out; the weights of a GGUF stay packed."""
 
 import os
+import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class Loaded:
 
 
 def load(path: str | os.PathLike, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-         quant: str | None = None, strategy: str = "auto"):
+         quant: str | None = None, strategy: str = "auto", compile: bool = False):
     """(model, tokenizer) of a model on this computer; `model.llmlab` says what was chosen.
 
     `path`: a .gguf (the first file of a sharded set), a folder with config.json and safetensors, or the name of a model that
@@ -50,7 +51,10 @@ def load(path: str | os.PathLike, device: str | torch.device | None = None, dtyp
     is ever read.
 
     A GGUF's weights stay packed: `strategy` "compact" keeps the file's bytes, mapped; "fast" holds more memory where that
-    buys speed; "reference" unpacks each matrix at every use; "auto" chooses by the memory that is free. A folder is loaded by
+    buys speed; "reference" unpacks each matrix at every use; "auto" chooses by the memory that is free. `compile`: a GGUF's
+    layers compiled for this processor, once (a minute; kept on disk, a second time takes a second): `generate` and logits of
+    one text then come from `model.decoder`, everything else from transformers' modules as before; where nothing can be
+    compiled, `model.llmlab.why` says so. A folder is loaded by
     transformers as it is, or with `quant` "nf4", "nf4-double" or "int8" by bitsandbytes. `device`: "cpu" or "cuda" (None: a
     card where the model fits on one). `dtype`: of the activations ("float32", "bfloat16", "float16"; None: what this device
     computes well). The tokenizer is None where the file has no vocabulary.
@@ -61,16 +65,19 @@ def load(path: str | os.PathLike, device: str | torch.device | None = None, dtyp
         raise LabError(f"strategy is {str(strategy)[:40]!r}; give one of {', '.join(STRATEGIES)}")
     place = _find(path)
     if place.is_dir():
+        if compile:
+            raise LabError(f"compile=True is for GGUF files; {show_path(str(place))} is a safetensors folder: give "
+                           "torch.compile the model that load returns")
         return _load_folder(place, device, dtype, quant, strategy)
     if quant is not None:
         raise LabError(f"quant={quant!r:.40} is for safetensors folders; {show_path(str(place))} is a GGUF, which is packed "
                        "already")
-    return _load_gguf(place, device, dtype, strategy)
+    return _load_gguf(place, device, dtype, strategy, compile)
 
 
 # ---- GGUF ---------------------------------------------------------------------------------------------------
 
-def _load_gguf(path: Path, device, dtype, strategy: str):
+def _load_gguf(path: Path, device, dtype, strategy: str, compile: bool):
     file = read_gguf(path)
     shown = show_path(file.paths[0])
     if file.is_projector:
@@ -78,7 +85,9 @@ def _load_gguf(path: Path, device, dtype, strategy: str):
     device, where = _device(device, file.tensor_bytes)
     dtype, precision = _dtype(dtype, device)
     keys = Keys(file.metadata, file.architecture, shown)
-    model = build(GGUFSource(file), keys, dtype, strategy, device)
+    decoder = _decoder(file, dtype, strategy) if compile and device.type == "cpu" else None
+    compiled = decoder is not None and decoder.compiled is not None
+    model = build(GGUFSource(file), keys, dtype, "compact" if compiled else strategy, device)
     model.config._name_or_path = model.name_or_path = file.paths[0]
     packed = [matrix for _, matrix in model.packed()]
     if any(matrix.mapped for matrix in packed):
@@ -90,10 +99,27 @@ def _load_gguf(path: Path, device, dtype, strategy: str):
     model.llmlab = Loaded(path=file.paths[0], architecture=file.architecture, dtype=_name(dtype), file_bytes=file.file_bytes,
                           strategy=" + ".join(way for way, _ in ways.most_common()), why="; ".join([*told, where, precision]),
                           resident_bytes=model.get_memory_footprint(), context=model.config.max_position_embeddings)
+    if compile and not compiled:
+        stands = decoder.why.split(";")[0] if decoder else "not compiled: llmlab.decoder(path, compile=True) is, on a card"
+        model.llmlab = replace(model.llmlab, why=f"{stands}; {model.llmlab.why}")
+    if compiled:
+        from .runtime.delegating import delegate
+
+        model.llmlab = replace(model.llmlab, strategy="compiled", why=f"{decoder.why}; {where}; {precision}",
+                               resident_bytes=decoder.resident_bytes)
+        delegate(model, decoder)
     tokenizer = tokenizer_of(file) if file.metadata.get("tokenizer.ggml.tokens") else None
     if tokenizer is not None and tokenizer.stop_ids:
         model.generation_config.eos_token_id = list(tokenizer.stop_ids)
     return model, tokenizer
+
+
+def _decoder(file, dtype: torch.dtype, strategy: str):
+    """A decoder compiled for this processor, telling what it compiles: it takes a minute the first time."""
+    from .runtime.decoder import Decoder
+
+    return Decoder.open(file, dtype, strategy, compile=True,
+                        progress=lambda said: print(f"llmlab: {said}", file=sys.stderr, flush=True))
 
 
 def _check_in_place(files: tuple[LocalFile, ...], *_) -> None:

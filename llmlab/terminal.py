@@ -1,6 +1,7 @@
 """llmlab run: a model's answers in the terminal, streamed; from a pipe, one prompt and one answer."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -21,6 +22,7 @@ _HELP = """\
 /help                this list
 /exit                leave; so do Ctrl-D, and Ctrl-C twice
 A line that ends with \\ goes on in the next. Ctrl-C stops an answer."""
+ENGINES = ("auto", "lean", "transformers")
 _KEPT_LINES = 1000       # of what was typed, for the arrow keys of another day
 # What would move the cursor or change the terminal is shown as a picture of itself instead.
 _SHOWN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(127, 160), 0xFFFD)
@@ -49,18 +51,81 @@ def run(a: Namespace) -> int:
 
 def _begin(a: Namespace):
     """The conversation that is asked for, its model loaded, and the options."""
-    from .runtime.generating import Options  # torch from here on
-    options = Options(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, min_p=a.min_p, repeat_penalty=a.repeat_penalty,
-                      seed=a.seed, max_tokens=a.max_tokens, stop=tuple(a.stop))
-    if a.threads is not None:
-        import torch
-        if not 1 <= a.threads <= 1024:
-            raise LabError(f"--threads is {a.threads}; give a number from 1 up, such as the processor's cores")
-        torch.set_num_threads(a.threads)
-    from .loading import load
+    if a.engine not in ENGINES:
+        raise LabError(f"--engine is {a.engine[:40]!r}; give one of {', '.join(ENGINES)}")
+    with contextlib.nullcontext() if a.compile else _no_collecting():
+        file, why = _file(a)
+        if file is not None and not a.no_chat and "tokenizer.chat_template" in file.metadata:
+            from .vocabulary import templates
+            templates.warm()                        # beside the import of torch
+        _spin_briefly()
+        from .runtime.generating import Options  # torch from here on
+        options = Options(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, min_p=a.min_p, seed=a.seed,
+                          repeat_penalty=a.repeat_penalty, max_tokens=a.max_tokens, stop=tuple(a.stop))
+        if a.threads is not None:
+            import torch
+            if not 1 <= a.threads <= 1024:
+                raise LabError(f"--threads is {a.threads}; give a number from 1 up, such as the processor's cores")
+            torch.set_num_threads(a.threads)
+        return _loaded(a, file, why), options
+
+
+def _spin_briefly() -> None:
+    """GNU OpenMP's threads wait for each other spinning, for milliseconds: on a busy machine they take the core from the very
+    thread they wait for, and a token takes ten times as long. Microseconds do as well on an idle one. Read as torch is
+    imported; what the user has set stays."""
+    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
+def _file(a: Namespace):
+    """The GGUF that the lean decoder may run, its header read, and ""; or None, and why it is for transformers' modules."""
+    from .starting import gguf_of
+    if a.engine == "transformers":
+        return None, "as asked"
+    if a.quant is not None:
+        return None, "--quant is for folders"
+    try:
+        file = gguf_of(a.model)
+    except LabError:                                # load says what is wrong with it
+        return None, ""
+    return file, "" if file is not None else "it is a folder"
+
+
+def _loaded(a: Namespace, file, why: str):
+    """The conversation with the model, by the engine asked for or the one that can; the line that says which is printed."""
     from .runtime.conversing import Conversation
+    if file is not None:
+        from .starting import decoder, refusal
+        why = refusal(file)
+        if not why:
+            made, words = decoder(file, a.device, a.dtype, a.strategy, a.context, a.compile, _say)
+            chat = Conversation(made, words, a.system, chat=not a.no_chat)
+            _say(f"{file.architecture} by the lean decoder, {made.strategy}, {str(made.dtype).removeprefix('torch.')} on "
+                 f"{made.device}: {made.why}")
+            return chat
+    if a.engine == "lean" and why:
+        raise LabError(f"--engine lean cannot be used: {why}; leave it out")
+    if a.compile and why:
+        raise LabError(f"--compile is for the lean decoder, which is not used ({why}); leave it out")
+    from .loading import load
     model, tokenizer = load(a.model, a.device, a.dtype, a.quant, a.strategy)
-    return Conversation(model, tokenizer, a.system, a.context, chat=not a.no_chat), options
+    chat = Conversation(model, tokenizer, a.system, a.context, chat=not a.no_chat)
+    if (made := getattr(model, "llmlab", None)) is not None:
+        _say(f"{made.architecture} by transformers' modules ({why}), {made.strategy}: {made.why}")
+    return chat
+
+
+@contextlib.contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Garbage is not looked for while a hundred thousand objects come that stay: a tenth of the time imports take."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _nothing_named() -> str:
@@ -139,9 +204,6 @@ def _say(text: str) -> None:
 
 def _talk(chat, options) -> int:
     """Question and answer until Ctrl-D, /exit, or Ctrl-C twice."""
-    made = getattr(chat.model, "llmlab", None)
-    if made is not None:
-        _say(f"{made.architecture}, {made.strategy}: {made.why}")
     _say("/help lists what else there is; Ctrl-C stops an answer, Ctrl-D leaves")
     leaving = False
     with _history():

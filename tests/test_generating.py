@@ -91,6 +91,33 @@ def test_a_repeat_penalty_looks_at_the_last_64():
     assert choose(logits, [0], [2] * 63) == 1 and choose(logits, [0], [2] * 64) == 0
 
 
+@pytest.mark.parametrize("options", [
+    {"repeat_penalty": 1.3}, {"repeat_penalty": 0.7, "temperature": 0}, {"top_p": 0.7, "min_p": 0, "top_k": 0},
+    {"top_p": 1, "min_p": 0.2, "top_k": 0}, {"top_p": 0.9, "min_p": 0.1, "top_k": 30, "repeat_penalty": 1.1}, {"top_p": 1e-6}])
+def test_cuts_are_those_of_transformers(options):
+    """Same draws from the same logits: what is cut, and what is left, is what transformers' warpers leave."""
+    from transformers.generation import logits_process as theirs
+
+    from llmlab.runtime.generating import _Chooser
+    options = Options(**{"seed": 3, "temperature": 1.0, "top_k": 0} | options)
+    choose, draws = _Chooser(options), torch.Generator().manual_seed(3)
+    random = torch.Generator().manual_seed(0)
+    prompt, new = list(range(0, 40, 3)), [5, 5, 7]
+    for _ in range(200):
+        logits = torch.randn(100, generator=random) * 2
+        scores = theirs.RepetitionPenaltyLogitsProcessor(options.repeat_penalty)(torch.tensor([prompt + new]), logits[None])
+        if options.temperature == 0:
+            assert choose(logits, prompt, new) == scores.argmax()
+            continue
+        if options.top_k:
+            scores = theirs.TopKLogitsWarper(options.top_k)(None, scores)
+        scores = theirs.TopPLogitsWarper(options.top_p)(None, scores)
+        scores = theirs.MinPLogitsWarper(options.min_p)(None, scores)
+        order = scores[0].argsort(descending=True)
+        order = order[:options.top_k or None]
+        assert choose(logits, prompt, new) == order[torch.multinomial(scores[0, order].softmax(-1), 1, generator=draws)]
+
+
 def test_no_character_is_ever_half():
     text = "Zürich 🏔️ 日本 👩‍👩‍👧"
     pieces, stats = said(text + "<|im_end|>")

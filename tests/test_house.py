@@ -25,8 +25,8 @@ ROOMS = (
     {"kernels"},
     {"runtime", "vocabulary"},
     {"offload"},
-    {"calibration", "loading", "probes"},
-    {"quality", "reconcile", "advice", "endpoints", "server", "sweeps"},
+    {"calibration", "loading", "starting", "probes"},
+    {"quality", "reconcile", "benching", "roofline", "advice", "endpoints", "server", "sweeps"},
     {"lab", "terminal", "cli", "__init__", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -37,7 +37,7 @@ LIGHT = {"numpy", "psutil"}  # what a room below the torch line may import as it
 LAZY = {("figure", "lab"), ("calibrate", "calibration")}  # (function, room) of the calls upward
 
 PUBLIC = {"model", "models", "gpu", "gpus", "machine", "fit", "measured", "size", "mix", "load", "quantize_gguf",
-          "fetch", "perplexity", "divergence", "importance", "read_importance", "plan", "best", "sweep", "serve",
+          "fetch", "decoder", "perplexity", "divergence", "importance", "read_importance", "plan", "best", "sweep", "serve",
           "doctor"}
 
 

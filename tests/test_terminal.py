@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny_chat
 
-from llmlab import cli
+from llmlab import cli, loading
 
 TESTS = Path(__file__).resolve().parent
 
@@ -26,12 +26,10 @@ def said(monkeypatch, capsys, tmp_path):
 
     def run(*argv, answers=("Fine.<|im_end|>",), template=tiny_chat.TEMPLATE, stdin=None):
         tokenizer = tiny_chat.tokenizer(template)
-        model, loading = tiny_chat.Scripted(tokenizer, *answers), types.ModuleType("llmlab.loading")
-        texts = []
+        model, texts = tiny_chat.Scripted(tokenizer, *answers), []
         model.register_forward_pre_hook(lambda _, args, named: texts.append(tokenizer.decode(named["input_ids"][0])),
                                         with_kwargs=True)
-        loading.load = lambda path, *choices: (model, tokenizer)
-        monkeypatch.setitem(sys.modules, "llmlab.loading", loading)
+        monkeypatch.setattr(loading, "load", lambda path, *choices: (model, tokenizer))
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b"")))
         status = cli.main(["run", "model.gguf", *argv])
         run.asked = texts[0] if texts else None
@@ -71,6 +69,57 @@ def test_sampling_options_arrive(said):
         __import__("torch").set_num_threads(before)
 
 
+def test_the_first_line_says_by_which_engine(tmp_path, capsys):
+    """And both engines draw the same words."""
+    file = str(tiny_chat.write(tmp_path / "tiny.gguf"))
+
+    def run(*argv):
+        assert cli.main(["run", file, "-p", "How are you?", "-s", "1", "-n", "20", "--dtype", "float32", *argv]) == 0
+        return capsys.readouterr()
+    out, err = run()
+    assert out.strip() and err.startswith("llama by the lean decoder, ")
+    again = run("--engine", "lean")
+    other = run("--engine", "transformers")
+    assert out == again.out == other.out and other.err.startswith("llama by transformers' modules (as asked), ")
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["FOLDER", "--engine", "lean"], "--engine lean cannot be used: it is a folder"),
+    (["MAMBA"], "is a 'mamba' model, which llmlab does not run"),
+    (["MAMBA", "--engine", "lean"], "--engine lean cannot be used: "), (["TINY", "--engine", "vllm"], "--engine is 'vllm'"),
+    (["TINY", "--engine", "lean", "--quant", "nf4"], "--engine lean cannot be used: --quant is for folders"),
+    (["TINY", "--engine", "transformers", "--compile"], "--compile is for the lean decoder, which is not used (as asked)"),
+    (["TINY", "--quant", "nf4"], "is for safetensors folders"), (["TINY", "--dtype", "int3"], "dtype 'int3' is not one of"),
+    (["TINY", "--strategy", "x"], "strategy"), (["TINY", "--device", "x"], "device 'x' cannot be used here"),
+    (["TINY", "-c", "513"], "was trained with 512"), (["no-such", "--engine", "lean"], "'no-such' is no file and no model"),
+    (["TEXT"], "TEXT"), (["TEXT", "--engine", "lean"], "TEXT"), (["BARE"], "has no vocabulary")])
+def test_a_file_that_cannot_be_run_is_one_line(argv, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "TEXT").write_text("no model")
+    tiny_chat.write(tmp_path / "TINY")
+    tiny_chat.write(tmp_path / "MAMBA", **{"general.architecture": "mamba"})
+    tiny_chat.write(tmp_path / "BARE", **{"tokenizer.ggml.tokens": None, "tokenizer.ggml.merges": None})
+    assert cli.main(["run", *argv, "-p", "x"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("llmlab: ") and says in err and err.count("\n") == 1
+
+
+def test_threads_spin_briefly_unless_the_user_says_how(monkeypatch):
+    from llmlab.terminal import _spin_briefly
+
+    def set_to(**environment):
+        for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        _spin_briefly()
+        return os.environ.get("GOMP_SPINCOUNT")
+    assert set_to() is None, "torch is imported: it would not be read"
+    monkeypatch.delitem(sys.modules, "torch")
+    assert set_to() == "1000" and set_to(OMP_WAIT_POLICY="ACTIVE") is None and set_to(GOMP_SPINCOUNT="7") == "7"
+
+
 def test_without_a_template_the_text_is_continued(said):
     status, out, err = said("-p", "Once upon", template=None, answers=[" a time<|im_end|>"])
     assert (status, out, said.asked) == (0, " a time\n", "Once upon") and "no chat template" in err
@@ -104,14 +153,14 @@ def test_no_file_names_what_there_is(monkeypatch, capsys, tmp_path):
 # ---- in a process of its own, in a terminal -------------------------------------------------------------
 
 CHILD = """
-import fcntl, sys, termios, types
+import fcntl, sys, termios
 sys.path.insert(0, {tests!r})
 if sys.stdin.isatty():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)       # Ctrl-C in this terminal is for this process
 import tiny_chat
+from llmlab import loading
 from llmlab.cli import main
 tokenizer = tiny_chat.tokenizer()
-loading = sys.modules["llmlab.loading"] = types.ModuleType("llmlab.loading")
 for argv, answers in {runs!r}:
     loading.load = lambda path, *choices: (tiny_chat.Scripted(tokenizer, *answers, context=100_000), tokenizer)
     status = main(["run", "model.gguf", *argv])

@@ -16,7 +16,7 @@ from vocabularies import BYTE, CONTROL, NORMAL, SPLITS, TEXTS, bpe, cases, put, 
 from llmlab.errors import BadFile, LabError
 from llmlab.gguf import read_gguf
 from llmlab.sources import fetch
-from llmlab.vocabulary import stop_tokens, templates, tokenizer_of
+from llmlab.vocabulary import stop_tokens, templates, tokenizer_of, words_of
 from llmlab.vocabulary.splits import NAMES, split_of
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "vocabulary.json").read_text())
@@ -94,6 +94,88 @@ def test_stop_tokens(tmp_path):
     changed["tokenizer.ggml.eot_token_id"] = ("uint32", 300)
     changed["tokenizer.ggml.eom_token_id"] = ("uint32", 301)
     assert {300, 301} < set(made(tmp_path, changed).stop_ids)
+
+
+# -- without transformers ------------------------------------------------------------------------------------------------------
+
+def same(words, tokenizer):
+    """What `words_of` gives answers as transformers' tokenizer does: tokens, text, names, conversations."""
+    for text in TEXTS:
+        for options in ({}, {"add_special_tokens": False}, {"split_special_tokens": True}):
+            ids = words(text, **options)["input_ids"]
+            assert ids == words(text, **options).input_ids == tokenizer(text, **options)["input_ids"], text
+            for some in (ids, ids[::-1], ids[:1]):
+                for skip in (False, True):
+                    assert words.decode(some, skip) == tokenizer.decode(some, skip_special_tokens=skip), text
+    assert words(list(TEXTS)) == {"input_ids": tokenizer(list(TEXTS))["input_ids"]}
+    everything = range(len(tokenizer))
+    assert [words.piece(number) for number in everything] == [tokenizer.piece(number) for number in everything]
+    assert [words.is_special(number) for number in everything] == [tokenizer.is_special(number) for number in everything]
+    assert len(words) == len(tokenizer) and words.piece(10**6) == b"" and words.decode(5) == tokenizer.decode(5)
+    for name in ("get_added_vocab", "stop_ids", "notes", "file", "special_tokens_map", "bos_token", "bos_token_id",
+                 "eos_token", "eos_token_id", "model_max_length"):
+        one, other = getattr(words, name), getattr(tokenizer, name)
+        assert (one() if callable(one) else one) == (other() if callable(other) else other), name
+    talk = [{"role": "system", "content": TEXTS[0]}, *HELLO, {"role": "assistant", "content": "é: "}]
+    for options in ({}, {"add_generation_prompt": True}, {"continue_final_message": True}):
+        theirs = tokenizer.apply_chat_template(talk, tokenize=False, **options)
+        assert words.apply_chat_template(talk, tokenize=False, **options) == theirs
+        assert words.apply_chat_template([talk, HELLO], **options)["input_ids"] == [
+            tokenizer.apply_chat_template(one, **options)["input_ids"] for one in (talk, HELLO)]
+    assert words.apply_chat_template(talk) == {"input_ids": tokenizer.apply_chat_template(talk)["input_ids"]}
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_words_are_what_transformers_has(name, tmp_path):
+    file = read_gguf(put(tmp_path, cases()[name]))
+    same(words_of(file), tokenizer_of(file))
+
+
+def test_words_of_a_real_file_are_what_transformers_has(smol):
+    same(words_of(read_gguf(fetch("smollm2-135m", progress=False))), smol)
+
+
+def test_words_need_no_transformers(tmp_path):
+    code = ("import sys; from llmlab.gguf import read_gguf; from llmlab.vocabulary import words_of; "
+            "words = words_of(read_gguf(sys.argv[1])); words.decode(words('the dog').input_ids); "
+            "print(words.apply_chat_template([{'role': 'user', 'content': 'Hi'}], tokenize=False), "
+            "{'transformers', 'torch', 'jinja2'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code, put(tmp_path, bpe())], capture_output=True, text=True, check=True)
+    assert done.stdout == "<|begin|>user\nHi<|end|>\n set()\n"
+
+
+def test_words_refuse_what_transformers_refuses(tmp_path):
+    words = words_of(read_gguf(put(tmp_path, bpe(**{"tokenizer.chat_template": None}))))
+    assert words.chat_template is None
+    with pytest.raises(LabError, match="vocabulary.gguf has no chat template; give plain text"):
+        words.apply_chat_template(HELLO)
+    with pytest.raises(LabError, match="empty"):
+        words.apply_chat_template([], chat_template="x")
+    named = bpe(**{"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "{{ tools | tojson }}{{ extra }}"})
+    words = words_of(read_gguf(put(tmp_path, named)))
+    assert words.apply_chat_template(HELLO, tokenize=False) == "plain"
+    assert words.apply_chat_template(HELLO, tools=[{"name": "é"}], tokenize=False, extra=3) == '[{"name": "é"}]3'
+
+
+def test_a_function_is_a_tool(tmp_path):
+    def add(a: int, b: int):
+        """Adds two numbers.
+
+        Args:
+            a: the one
+            b: the other
+        """
+
+    file = read_gguf(put(tmp_path, bpe(**{"tokenizer.chat_template": "{{ tools[0].function.name }}"})))
+    for words in (words_of(file), tokenizer_of(file)):
+        assert words.apply_chat_template(HELLO, tools=[add], tokenize=False) == "add"
+
+
+def test_the_process_of_templates_can_be_there_before_it_is_needed():
+    templates.warm()
+    started = templates._worker.process.pid
+    templates.warm()
+    assert templates.render("{{ x }}", {"x": 1}) == "1" and templates._worker.process.pid == started
 
 
 # -- decoding ------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """A transformers model around packed weights: its own classes made without numbers, then each module filled from the source."""
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -8,21 +7,16 @@ import torch
 from torch import nn
 
 from ..errors import BadFile, LabError
-from ..formats import FORMATS
-from ..kernels import Packed, choose, pack
-from ..units import MIB
+from ..kernels import Packed
 from . import rope
 from .families import TOP, Family, family_of
-from .heap import give_back
 from .keys import Keys
 from .model import as_packed
 from .modules import ClampedExperts, PackedEmbedding, PackedExperts, PackedLinear
-from .tensors import Source, Tensors, reader
+from .packer import Packer, start
+from .tensors import Source, reader
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_ELSEWHERE = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight|blk\.\d+\.(attn_)?rot_embd\..*")    # rope.py's
-_PIECE = 16 * MIB       # packed bytes between two times that freed memory is given back
-_AGAIN = "download it again or convert the model again"
 
 
 def build(source: Source, keys: Keys, dtype: torch.dtype, strategy: str = "auto",
@@ -34,19 +28,12 @@ def build(source: Source, keys: Keys, dtype: torch.dtype, strategy: str = "auto"
     missing, of another shape than the hyperparameters say, or that the model has no place for), naming tensor and file.
     """
     family, device = family_of(keys), torch.device(device)
-    if "token_embd.weight" not in source:
-        raise BadFile(f"{keys.file} lacks tensor 'token_embd.weight', which every model needs; {_AGAIN}")
-    model, chosen = _empty_model(family, source, keys, dtype), ""
-    if strategy == "auto":
-        strategy, _, chosen = choose([(source.type(n), math.prod(source.shape(n))) for n in source.names()
-                                      if len(source.shape(n)) > 1], dtype, device)
-    tensors = Tensors(source, _split(model.config, "self_attn.qkv_proj" in family.block))
-    _Filling(model, family, tensors, strategy, dtype, device).fill()
+    packer, chosen = start(source, keys, strategy, dtype, device)
+    model = _empty_model(family, source, keys, dtype)
+    packer.tensors.split = _split(model.config, "self_attn.qkv_proj" in family.block)
+    _Filling(model, family, packer).fill()
     _turn(model, source, keys, device)
-    if left := [name for name in tensors.left() if not _ELSEWHERE.fullmatch(name)]:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise BadFile(f"{source.where(left[0])} holds tensor {left[0]!r:.80}{more}, for which a {keys.architecture} model "
-                      "has no place: a variant that llmlab does not know. Run it with llama.cpp")
+    packer.finish()
     if bare := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
         raise LabError(_changed(model, bare[0]))
     model.chosen = chosen
@@ -80,7 +67,8 @@ def _empty_model(family: Family, source: Source, keys: Keys, dtype: torch.dtype)
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:      # transformers checks a configuration in many places and raises as many kinds of error
         said = " ".join(str(error).split())[:200]
-        raise BadFile(f"{keys.file}: transformers refuses the file's hyperparameters ({said}); {_AGAIN}") from error
+        raise BadFile(f"{keys.file}: transformers refuses the file's hyperparameters ({said}); download it again or convert "
+                      "the model again") from error
 
 
 def _head_dim(config) -> int:
@@ -103,16 +91,11 @@ def _changed(model: nn.Module, name: str) -> str:
 class _Filling:
     """Walks through a model on the meta device and gives each module its tensors."""
 
-    def __init__(self, model: nn.Module, family: Family, tensors: Tensors, strategy: str, dtype: torch.dtype,
-                 device: torch.device):
-        self.model, self.family, self.tensors, self.config = model, family, tensors, model.config
-        self.strategy, self.dtype, self.device = strategy, dtype, device
-        self.done: dict[str, Packed] = {}
-        source = tensors.source
-        self.piece, self.since = max(_PIECE, sum(FORMATS[source.type(n)].bytes(math.prod(source.shape(n)))
-                                                 for n in source.names()) // 32), 0
+    def __init__(self, model: nn.Module, family: Family, packer: Packer):
+        self.model, self.family, self.packer, self.config = model, family, packer, model.config
+        self.tensors, self.dtype = packer.tensors, packer.dtype
         kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-        if dtype == torch.float16:
+        if self.dtype == torch.float16:
             kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
         self.kept = kept
 
@@ -123,12 +106,11 @@ class _Filling:
                 stem = "token_embd" if name == "lm_head" and tied else self.stem(name)
                 self.model.set_submodule(name, self.linear(name, module, stem))
             elif isinstance(module, nn.Embedding):
-                self.model.set_submodule(name, self.embedding(module, self.stem(name), tied))
+                self.model.set_submodule(name, self.embedding(module, tied))
             elif isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
                 self.model.set_submodule(name, self.experts(module, self.stem(name)))
             else:
                 self.parameters(name, module)
-        give_back()
         if tied:
             self.model.lm_head.weight = self.model.get_input_embeddings().weight
 
@@ -140,34 +122,17 @@ class _Filling:
             raise LabError(_changed(self.model, name))
         return f"blk.{found[1]}.{bare}" if found else bare
 
-    def packed(self, name: str, shape: tuple[int, ...], strategy: str | None = None) -> Packed:
-        if name not in self.done:
-            blocks, type, mapped = self.tensors.blocks(name, shape)
-            try:
-                self.done[name] = pack(blocks.to(self.device), type, strategy=strategy or self.strategy, dtype=self.dtype,
-                                       name=name, mapped=mapped and self.device.type == "cpu")
-            except LabError as error:
-                raise BadFile(f"{self.tensors.source.where(name)}: tensor {name!r:.80}: "
-                              f"{str(error).removeprefix(f'{name}: ')}") from error
-            self.since += blocks.nbytes
-            if self.since > self.piece:
-                give_back()
-                self.since = 0
-        return self.done[name]
-
-    def dense(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.tensors.dense(name, shape).to(self.device, dtype or self.dtype)
+    def packed(self, name: str, shape: tuple[int, ...]) -> Packed:
+        return self.packer.packed((name,), (shape,))
 
     def linear(self, name: str, module: nn.Linear, stem: str) -> PackedLinear:
         rows = module.out_features
         heads = rows // _head_dim(self.config) if self.family.interleaved and name.endswith(self.family.interleaved) else 0
-        bias = self.dense(f"{stem}.bias", (rows,)) if f"{stem}.bias" in self.tensors else None
+        bias = self.packer.dense(f"{stem}.bias", (rows,)) if f"{stem}.bias" in self.tensors else None
         return PackedLinear(self.packed(f"{stem}.weight", (rows, module.in_features)), bias, self.dtype, heads)
 
-    def embedding(self, module: nn.Embedding, stem: str, tied: bool) -> PackedEmbedding:
-        """Looked up only, an embedding gains nothing by what "fast" holds; tied to the output it is multiplied by as well."""
-        packed = self.packed(f"{stem}.weight", (module.num_embeddings, module.embedding_dim),
-                             "compact" if self.strategy == "fast" and not tied else None)
+    def embedding(self, module: nn.Embedding, tied: bool) -> PackedEmbedding:
+        packed = self.packer.embedding((module.num_embeddings, module.embedding_dim), tied)
         return PackedEmbedding(packed, self.dtype, module.padding_idx, getattr(module, "scalar_embed_scale", 1.0))
 
     def experts(self, module: nn.Module, stem: str) -> PackedExperts:
@@ -177,14 +142,14 @@ class _Filling:
         gate, up, down = (self.packed(f"{stem.format(part)}.weight", shape) for part, shape in shapes.items())
         if not clamped:
             return PackedExperts(gate, up, down, module.act_fn, self.dtype)
-        biases = tuple(self.dense(f"{stem.format(part)}.bias", shape[:2]) for part, shape in shapes.items())
+        biases = tuple(self.packer.dense(f"{stem.format(part)}.bias", shape[:2]) for part, shape in shapes.items())
         return ClampedExperts(gate, up, down, biases, module.alpha, module.limit, self.dtype)
 
     def parameters(self, name: str, module: nn.Module) -> None:
         """What a norm, a router or a vector of sinks holds, as plain numbers."""
         for own, parameter in list(module.named_parameters(recurse=False)):
             tensor = f"{self.stem(name)}.{own}" if own in ("weight", "bias") else f"{self.stem(f'{name}.{own}')}.weight"
-            value = self.dense(tensor, tuple(parameter.shape), torch.float32)
+            value = self.packer.dense(tensor, tuple(parameter.shape), torch.float32)
             if self.family.norm_shift and name.endswith("norm"):
                 value = value - self.family.norm_shift
             dtype = torch.float32 if self.kept.intersection(name.split(".")) else self.dtype

@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable, Iterator
 
 from ..errors import LabError
-from .generating import Memory, Options, Stats, check_tokenizer, has_template, stream
+from .generating import Options, Stats, check_tokenizer, has_template, memory_of, stream
 
 
 class Conversation:
-    """Questions and answers of one model, in its chat template; a text that is continued where it has none, or where `chat`
-    is False.
+    """Questions and answers of one model (transformers' or a lean decoder), in its chat template; a text that is continued
+    where it has none, or where `chat` is False.
 
     messages: {"role", "content"} each, what was asked and answered in turn. system: comes before them; may be changed.
     text: in plain continuation, what stands so far. stats: of the last answer, None before its end. Raises LabError for a
@@ -20,7 +20,7 @@ class Conversation:
         check_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.chat, self.system = chat and has_template(tokenizer), system
-        self.memory = Memory(model, context)
+        self.memory = memory_of(model, context)
         self.clear()
         if system and not self.chat:
             raise LabError(_NO_PLACE)

@@ -8,18 +8,12 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from jinja2 import TemplateError
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TopPLogitsWarper,
-)
 
 from ..errors import LabError
 from ..units import format_seconds
-from .growing import growing_cache
 
 ENDS = ("end of turn", "stop string", "limit", "stopped", "context full")
 _CHUNK = 256             # prompt tokens read at once: between two chunks a reader can stop
@@ -106,6 +100,33 @@ def _plural(word: str, count: int) -> str:
     return word if count == 1 else f"{word}s"
 
 
+class Reader(Protocol):
+    """What `stream` reads with: the Memory of a transformers model, or a lean decoder, which remembers by itself. `tokens`:
+    read so far; `context`: most it may hold; `trained`: what it was trained for; the methods are Memory's."""
+
+    tokens: list[int]
+    context: int | None
+    trained: int | None
+
+    def forget(self) -> None: ...
+
+    def keep(self, tokens: list[int]) -> int: ...
+
+    def read(self, tokens: list[int]) -> torch.Tensor: ...
+
+
+def memory_of(model, context: int | None = None) -> Reader:
+    """What remembers for `model`. Raises LabError for a context it cannot have."""
+    untouched = getattr(model, "untouched", None) if not hasattr(model, "get_base_model") else None
+    if untouched and untouched():           # a transformers model with a compiled decoder
+        model = model.decoder
+    if not hasattr(model, "keep"):
+        return Memory(model, context)
+    if context not in (None, model.context):
+        raise LabError(f"context is {context!r:.40}, and this decoder was opened with {model.context:,}; open it with another")
+    return model
+
+
 class Memory:
     """The tokens a model has read and their KV cache, so that a conversation is not read again from its beginning.
 
@@ -114,31 +135,26 @@ class Memory:
     """
 
     def __init__(self, model, context: int | None = None):
-        trained = trained_context(model)
-        if context is None:
-            context = trained
-        elif isinstance(context, bool) or not isinstance(context, int) or context < 2:
-            raise LabError(f"context is {context!r:.40}; give a whole number of tokens, from 2 up")
-        elif trained is not None and context > trained:
-            raise LabError(f"context is {context:,} tokens; this model was trained with {trained:,}, give that or less")
-        self.model, self.context, self.trained = model, context, trained
+        self.model, self.trained = model, trained_context(model)
+        self.context = usable_context(context, self.trained)
         last_only = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
         self._last = {"logits_to_keep": 1} if last_only else {}
         self.forget()
 
     def forget(self) -> None:
         """Empty it."""
+        from .growing import growing_cache  # transformers from here on
+
         self.tokens: list[int] = []
         self._cache = growing_cache(self.model.config)
 
     def keep(self, tokens: list[int]) -> int:
         """Drop what is not the beginning of `tokens`; how many of them need not be read again (never all: the last one's
         logits are wanted)."""
-        pairs = zip(self.tokens, tokens[:-1], strict=False)
-        same = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(self.tokens), len(tokens) - 1))
+        same = same_beginning(self.tokens, tokens)
         drop = len(self.tokens) - same
         if drop and same and all(_shortens(layer) for layer in self._cache.layers):
-            with self._whole():
+            with whole(self):
                 self._cache.crop(-drop)
                 del self.tokens[same:]
         elif drop:
@@ -149,23 +165,42 @@ class Memory:
         """Read `tokens` after what was read before; the logits after the last of them, [vocabulary] in float32. Raises
         LabError where memory does not suffice."""
         ids = torch.tensor([tokens], device=self.model.device)
-        with self._whole(), torch.inference_mode():
+        with whole(self), torch.inference_mode():
             logits = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._last).logits[0, -1]
             self.tokens += tokens
             return logits.float()
 
-    @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Either all layers change or none remembers anything: Ctrl-C may come between two of them."""
-        read = len(self.tokens)
-        try:
-            yield
-        except BaseException as error:
-            self.forget()
-            if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)):
-                raise LabError(f"memory does not suffice to go on after {read:,} tokens; begin a new conversation, give a "
-                               "smaller context, or a smaller model") from None
-            raise
+
+@contextlib.contextmanager
+def whole(memory: Reader) -> Iterator[None]:
+    """Either all layers of a memory change or none remembers anything: Ctrl-C may come between two of them. Too little memory
+    is a LabError."""
+    read = len(memory.tokens)
+    try:
+        yield
+    except BaseException as error:
+        memory.forget()
+        if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)):
+            raise LabError(f"memory does not suffice to go on after {read:,} tokens; begin a new conversation, give a "
+                           "smaller context, or a smaller model") from None
+        raise
+
+
+def same_beginning(read: list[int], tokens: list[int]) -> int:
+    """How many of the tokens read need not be read again: never all of `tokens`, the last one's logits are wanted."""
+    pairs = zip(read, tokens[:-1], strict=False)
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(read), len(tokens) - 1))
+
+
+def usable_context(asked: int | None, trained: int | None) -> int | None:
+    """Most tokens a memory may hold: those asked for, or what the model was trained with. Raises LabError."""
+    if asked is None:
+        return trained
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 2:
+        raise LabError(f"context is {asked!r:.40}; give a whole number of tokens, from 2 up")
+    if trained is not None and asked > trained:
+        raise LabError(f"context is {asked:,} tokens; this model was trained with {trained:,}, give that or less")
+    return asked
 
 
 def trained_context(model) -> int | None:
@@ -187,14 +222,15 @@ def _shortens(layer) -> bool:
 
 
 def stream(model, tokenizer, messages_or_text: list[dict] | str, options: Options | None = None,
-           stopped: Callable[[], bool] | None = None, memory: Memory | None = None) -> "Stream":
-    """The answer of `model`, as an iterator of text pieces; `.stats` when it has ended.
+           stopped: Callable[[], bool] | None = None, memory: Reader | None = None) -> "Stream":
+    """The answer of `model` (transformers' or a lean decoder), as an iterator of text pieces; `.stats` when it has ended.
 
     messages_or_text: messages ({"role", "content"}) go through the tokenizer's chat template; a text is continued as it
     is. stopped: asked before each token; true ends the answer. memory: what to read on from; kept between turns, only what
     is new is read. Raises LabError where there is no template, nothing to read, or more than the context holds.
     """
-    return Stream(model, tokenizer, messages_or_text, options or Options(), stopped, memory or Memory(model))
+    return Stream(model, tokenizer, messages_or_text, options or Options(), stopped,
+                  memory_of(model) if memory is None else memory)
 
 
 class Stream:
@@ -271,7 +307,7 @@ class Stream:
         return logits
 
 
-def _check_room(tokens: int, memory: Memory) -> None:
+def _check_room(tokens: int, memory: Reader) -> None:
     if not tokens:
         raise LabError("there is nothing to read; give a text or messages that are not empty")
     if memory.context is not None and tokens >= memory.context:
@@ -306,9 +342,10 @@ def prompt_tokens(tokenizer, messages_or_text: list[dict] | str) -> list[int]:
         text = tokenizer.apply_chat_template(messages_or_text, tokenize=False, add_generation_prompt=True)
     except LabError:
         raise
-    except TemplateError as error:       # such as "System role not supported"
-        raise LabError(f"the chat template refuses this conversation: {_one_line(error)}") from None
     except Exception as error:           # a folder's template is a program by strangers: it fails in any way
+        from jinja2 import TemplateError
+        if isinstance(error, TemplateError):         # such as "System role not supported"
+            raise LabError(f"the chat template refuses this conversation: {_one_line(error)}") from None
         raise LabError(f"the chat template fails on this conversation ({type(error).__name__}: {_one_line(error)}); give a "
                        "text instead of messages, or another template") from None
     return list(tokenizer(_unicode(text), add_special_tokens=False, verbose=False)["input_ids"])
@@ -327,8 +364,9 @@ def end_tokens(model, tokenizer) -> set[int]:
     """Tokens that end a turn: `stop_ids` of a tokenizer from a GGUF, else those that the model and the tokenizer name."""
     if (known := getattr(tokenizer, "stop_ids", None)) is not None:
         return set(known)
-    named = [getattr(getattr(model, "generation_config", None), "eos_token_id", None),
-             model.config.get_text_config().eos_token_id, tokenizer.eos_token_id]
+    named = [getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer.eos_token_id]
+    if hasattr(model, "config"):
+        named.append(model.config.get_text_config().eos_token_id)
     return {token for one in named if one is not None for token in (one if isinstance(one, (list, tuple)) else [one])}
 
 
@@ -341,30 +379,43 @@ class _Chooser:
         if options.temperature > 0:
             self.seed = secrets.randbelow(2**32) if options.seed is None else options.seed
             self._random = torch.Generator().manual_seed(self.seed)  # of the processor: the same draws on every device
-        self._penalty = RepetitionPenaltyLogitsProcessor(float(options.repeat_penalty))
-        self._cuts = [*[TopPLogitsWarper(float(options.top_p))] * (options.top_p < 1),
-                      *[MinPLogitsWarper(float(options.min_p))] * (options.min_p > 0)]
 
     @torch.inference_mode()
     def __call__(self, logits: torch.Tensor, prompt: list[int], new: list[int]) -> int:
-        scores = logits[None]
-        if self._options.repeat_penalty != 1:
-            last = (prompt[-_PENALIZED:] + new)[-_PENALIZED:]
-            scores = self._penalty(torch.tensor([last], device=scores.device), scores)
-        if self._options.temperature == 0:
-            best = scores.argmax(dim=-1)
-            if not torch.isfinite(scores[0, best]).all():
+        options, scores = self._options, logits
+        if options.repeat_penalty != 1:
+            scores = _penalized(scores, (prompt[-_PENALIZED:] + new)[-_PENALIZED:], options.repeat_penalty)
+        if options.temperature == 0:
+            best = scores.argmax()
+            if not torch.isfinite(scores[best]):
                 raise _no_numbers()
             return int(best)
         # All that follows looks at the shortlist alone: sorting 150,000 scores for each token would cost more than that.
-        many = scores.shape[-1]
-        scores, tokens = (one.cpu() for one in scores.topk(min(self._options.top_k or many, many), dim=-1))
-        if not torch.isfinite(scores[0, 0]):
+        many = len(scores)
+        scores, tokens = (one.cpu() for one in scores.topk(min(options.top_k or many, many)))      # the likeliest first
+        if not torch.isfinite(scores[0]):
             raise _no_numbers()
-        for cut in self._cuts:
-            scores = cut(None, scores)
-        chances = ((scores - scores[0, 0]) / self._options.temperature).softmax(dim=-1)
-        return int(tokens[0, torch.multinomial(chances, 1, generator=self._random)[0, 0]])
+        if options.top_p < 1:
+            scores = _top_p(scores, options.top_p)
+        if options.min_p > 0:
+            scores = scores.masked_fill(scores.softmax(-1) < options.min_p * scores.softmax(-1)[0], -torch.inf)
+        chances = ((scores - scores[0]) / options.temperature).softmax(-1)
+        return int(tokens[torch.multinomial(chances, 1, generator=self._random)])
+
+
+def _penalized(scores: torch.Tensor, tokens: list[int], penalty: float) -> torch.Tensor:
+    """Scores [vocabulary] with those of `tokens` made less likely (Keskar et al. 2019): divided, or multiplied below 0."""
+    tokens = torch.tensor(tokens, dtype=torch.long, device=scores.device)
+    found = scores[tokens]
+    return scores.index_put((tokens,), torch.where(found < 0, found * penalty, found / penalty))
+
+
+def _top_p(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """Sorted scores, those cut off at -inf that the likeliest do without to have this share; the likeliest always stays."""
+    rest = scores.softmax(-1).flip(-1).cumsum(-1).flip(-1)       # of a token and all less likely ones
+    cut = rest <= 1 - share
+    cut[0] = False
+    return scores.masked_fill(cut, -torch.inf)
 
 
 def _no_numbers() -> LabError:

@@ -147,13 +147,12 @@ class _Reader:
         lines = self.strings("merges")
         if lines is None:
             return None
-        pairs = {}  # of two equal ones the first counts
-        for number, line in enumerate(lines):
-            cut = line.find(" ", 1)
+        lines = list(dict.fromkeys(lines))  # of two equal ones the first counts
+        cuts = [line.find(" ", 1) for line in lines]
+        for number, (line, cut) in enumerate(zip(lines, cuts, strict=True)):
             if not 0 < cut < len(line) - 1:
                 raise bad(self.file, PREFIX + "merges", f"has item {number}, {show(line)}, which is not two pieces and a space")
-            pairs[line[:cut], line[cut + 1:]] = None
-        return list(pairs)
+        return [(line[:cut], line[cut + 1:]) for line, cut in zip(lines, cuts, strict=True)]
 
     def charsmap(self) -> bytes | None:
         """Normalizing rules in SentencePiece's compiled form."""

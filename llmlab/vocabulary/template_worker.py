@@ -93,6 +93,7 @@ def _answer(line: str) -> dict:
 
 def main() -> None:
     _limit()
+    _compiled("")           # imports jinja2 while whoever started this does something else
     for line in sys.stdin:
         answer = _answer(line)
         try:

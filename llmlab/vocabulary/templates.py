@@ -1,6 +1,7 @@
 """Filling in a chat template that came with a file: in a sandbox, in a process of its own, within bounds of time and memory."""
 
 import atexit
+import contextlib
 import json
 import os
 import subprocess
@@ -37,6 +38,14 @@ def render(template: str, variables: Mapping[str, Any], file: str = "the chat te
         raise LabError(f"{show_path(file)}: its chat template made {len(answer['text'])} characters of this conversation; "
                        "give plain text instead of messages, or another template")
     return answer["text"]
+
+
+def warm() -> None:
+    """Start the process, so that it is there when the first conversation comes; where it cannot be, that one will say so."""
+    global _worker
+    with _lock, contextlib.suppress(LabError, OSError):
+        if _worker is None or not _worker.alive():
+            _worker = _Worker()
 
 
 class _Worker:

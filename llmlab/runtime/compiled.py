@@ -1,0 +1,257 @@
+"""The compiled decoder's parts: weights as words, and for each kind of layer one package that takes a token through it.
+
+Layers of one kind (the same shapes and layouts) share a package; their weights are its arguments. Many tokens at once go
+layer by layer as always, and each matrix is unpacked in pieces by a package of its own, because a matmul of numbers is quicker
+then than one of codes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from ..errors import LabError
+from ..kernels import Packed, dense, scratch, words
+from ..kernels.words import Layout, Words
+from . import layers
+from .compiling import NotPackaged, Package, machine, package, settle
+from .keys import Keys
+from .layers import LayerShape, block, norm, project
+from .tensors import Source
+from .weights import Weights, read
+
+Matrix = Words | torch.Tensor       # a format that cannot lie as words is numbers, float32
+Signature = tuple[tuple[str, object], ...]
+
+
+class NotCompiled(LabError):
+    """Why a model cannot be compiled here."""
+
+
+def compiled(source: Source, keys: Keys, dtype: torch.dtype, strategy: str, device: torch.device,
+             progress: Callable[[str], None] | None = None) -> tuple[Weights, "Compiled"]:
+    """A source's weights as words, and the packages that run them. `dtype`: in which many tokens at once are multiplied; one
+    alone is in float32. Raises NotCompiled, and what `weights.read` raises."""
+    if strategy not in ("auto", "fast"):
+        raise NotCompiled(f"strategy {strategy!r} keeps the file's own bytes, and compiled code wants them as words")
+    if device.type != "cpu":
+        raise NotCompiled("this is for processors; a card's layers run as one CUDA graph")
+    found = read(source, keys, torch.float32, "compact", device)
+    if any(shape.experts for shape in found.shapes):
+        raise NotCompiled("which experts a token takes is known only when it comes")
+    try:
+        made = Compiled(found, dtype, progress)
+    except NotPackaged as error:
+        raise NotCompiled(str(error)) from error
+    # The embedding is looked up row by row; nothing else of the file is read again.
+    return replace(found, layers=made.layers, shapes=made.shapes, head=made.head), made
+
+
+class Compiled:
+    """What a `Decoder` calls for one token, and its `multiply` for many. `bytes`: what the matrices hold here."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype, progress: Callable[[str], None] | None = None):
+        self.dtype, self.progress, self.softcap = dtype, progress or (lambda said: None), weights.softcap
+        self._unpackers: dict[Layout, Package] = {}
+        made = [_fused(_laid_out(layer), shape) for layer, shape in zip(weights.layers, weights.shapes, strict=True)]
+        self.layers, self.shapes = tuple(layer for layer, _ in made), tuple(shape for _, shape in made)
+        self.head = _laid_out(weights.head)
+        packages: dict[tuple, Package] = {}
+        for layer, shape in made:
+            kind = _signature(layer), shape
+            if kind not in packages:
+                packages[kind] = self._step(layer, shape)
+        self._steps = [(packages[_signature(layer), shape], _flat(layer), shape.window) for layer, shape in made]
+        self._logits, self._head = self._last(), _flat(self.head)
+        matrices = [value for part in (*self.layers, self.head) for value in part.values() if isinstance(value, Words)]
+        for matrix in matrices:
+            if matrix.layout not in self._unpackers:
+                self._unpackers[matrix.layout] = self._unpacker(matrix)
+        bits = sorted({matrix.layout.bits for matrix in matrices})
+        self.bytes = sum(matrix.bytes for matrix in matrices)
+        kinds = f"{len(packages)} {'kind' if len(packages) == 1 else 'kinds'} of layer"
+        self.why = (f"compiled for {machine()}: {len(matrices)} matrices as words of {' and '.join(map(str, bits))} bits with "
+                    f"float32 scales, {kinds}; many tokens at once in {str(dtype).removeprefix('torch.')}")
+
+    def token(self, x: torch.Tensor, caches: list[torch.Tensor], tables: list[tuple[torch.Tensor, torch.Tensor]],
+              start: int) -> torch.Tensor:
+        """x [1, width] float32 of the token at `start`, 1 at least -> the same after all layers. caches: [2, kv_heads, cells,
+        head_dim] of each, cell after cell in memory; tables: its cosines and sines [1, 1, turned]."""
+        places: dict[int, torch.Tensor] = {}
+        for (step, tensors, window), cache, (cos, sin) in zip(self._steps, caches, tables, strict=True):
+            first = max(0, min(start - 1, start + 1 - window)) if window else 0
+            if first not in places:
+                places[first] = torch.tensor([start - first])
+            keys, values = cache[:, :, first:start + 1].transpose(1, 2).unbind()
+            x = step(x, keys, values, places[first], cos, sin, *tensors)[0]
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x [1, width] -> [1, vocabulary] float32."""
+        return self._logits(x, *self._head)[0]
+
+    def multiply(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """x [tokens, cols] float32 times a matrix -> [tokens, rows]: what `layers.block` wants, for many tokens."""
+        if isinstance(matrix, torch.Tensor):
+            return torch.mm(x, matrix.T)
+        unpack, tensors = self._unpackers[matrix.layout], matrix.tensors
+        x, shifts = words.side_by_side(x.to(self.dtype), matrix.layout), words.shifts(matrix.layout)
+        y, step = x.new_empty(x.shape[0], matrix.rows), max(2, scratch.rows_at_once(x.shape[1], x.device))
+        for start in range(0, matrix.rows, step):
+            start = min(start, max(0, matrix.rows - 2))         # a package takes two rows at least
+            part = slice(start, start + step)
+            torch.mm(x, unpack(*(t[part] for t in tensors), shifts)[0].T, out=y[:, part])
+        return y.float()
+
+    @contextlib.contextmanager
+    def watched(self, watch: Callable[[str, Callable, dict, int | None], Callable]) -> Iterator[None]:
+        """While it lasts, what `watch(name, package, weights, number)` gives is called in place of each package: "layers" (or
+        "layers 1", "layers 2" where there are several kinds) with the layer's number, and "output" with None."""
+        steps, logits = self._steps, self._logits
+        kinds = list(dict.fromkeys(id(step) for step, *_ in steps))
+        names = {kind: f"layers {at}" if len(kinds) > 1 else "layers" for at, kind in enumerate(kinds, 1)}
+        self._steps = [(watch(names[id(step)], step, self.layers[number], number), *rest)
+                       for number, (step, *rest) in enumerate(steps)]
+        self._logits = watch("output", logits, self.head, None)
+        try:
+            yield
+        finally:
+            self._steps, self._logits = steps, logits
+
+    # ---- packages ------------------------------------------------------------------------------------------------
+
+    def _step(self, layer: dict, shape: LayerShape) -> Package:
+        signature, width = _signature(layer), layer["attn_norm"].shape[-1]
+        cells, turned = torch.zeros(4, shape.kv_heads, shape.head_dim), torch.ones(1, 1, shape.turned)
+        example = [torch.linspace(-1, 1, width)[None], cells, cells.clone(), torch.tensor([3]), turned, turned.clone()]
+        return package(_one_token(signature, shape), example + _flat(layer), f"layer {signature} {shape}",
+                       (words, layers, _one_token, _Multiplying), {1: {0: "cells"}, 2: {0: "cells"}}, self.progress)
+
+    def _last(self) -> Package:
+        signature, softcap = _signature(self.head), self.softcap
+
+        def last(x, *tensors):
+            head = _rebuilt(signature, tensors)
+            found = project(norm(x, head, "norm"), head, "output", _Multiplying())
+            return (torch.tanh(found / softcap) * softcap if softcap else found,)
+
+        width = self.head["norm"].shape[-1]
+        return package(last, [torch.linspace(-1, 1, width)[None], *_flat(self.head)], f"head {signature} {softcap}",
+                       (words, norm, project, Compiled._last, _Multiplying), None, self.progress)
+
+    def _unpacker(self, matrix: Words) -> Package:
+        known, dtype = matrix.layout, self.dtype
+
+        def unpack(*tensors):
+            *held, shifts = tensors
+            return (words.unpack(Words(known, 0, 0, held[0], held[1], held[2] if known.offset else None), shifts, dtype),)
+
+        tensors = [t[:2].expand(-1, max(2, t.shape[1]), *t.shape[2:]).contiguous() for t in matrix.tensors]
+        dynamic = {i: {0: "rows", 1: "tiles"} for i in range(len(tensors))}
+        return package(unpack, [*tensors, words.shifts(known)], f"unpack {known} {dtype}",
+                       (words.unpack, words.shifts, Compiled._unpacker), dynamic, self.progress)
+
+
+def _one_token(signature: Signature, shape: LayerShape) -> Callable:
+    """A layer as a function of flat tensors, for one token."""
+    def step(x, keys, values, at, cos, sin, *tensors):
+        def remember(new):
+            for cells, found in zip((keys, values), new.transpose(1, 2), strict=True):
+                cells.index_put_((at,), found)
+            return keys.transpose(0, 1), values.transpose(0, 1)
+
+        return (block(x, _rebuilt(signature, tensors), shape, _Multiplying(), remember, cos, sin),)
+
+    return step
+
+
+class _Multiplying:
+    """x [1, cols] times a matrix while a function is traced; each input is arranged once for each layout."""
+
+    def __init__(self):
+        self.arranged: list[tuple] = []
+
+    def __call__(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        if isinstance(matrix, torch.Tensor):
+            return torch.mm(x, matrix.T)
+        found = next((found for before, known, found in self.arranged if before is x and known == matrix.layout), None)
+        if found is None:
+            found = tuple(settle(part) for part in words.arrange(x[0], matrix.layout))
+            self.arranged.append((x, matrix.layout, found))
+        return words.multiply(found, matrix)[None]
+
+
+# ---- weights as flat tensors ------------------------------------------------------------------------------------
+
+def _laid_out(weights: dict) -> dict:
+    """Packed matrices as words (or as numbers, where codes are none)."""
+    def one(value):
+        if not isinstance(value, Packed):
+            return value
+        found = words.lay_out(value.blocks, value.format, value.cols)
+        return dense(value, torch.float32) if found is None else found
+
+    return {name: one(value) for name, value in weights.items()}
+
+
+def _fused(weights: dict, shape: LayerShape) -> tuple[dict, LayerShape]:
+    """Matrices with the same input and layout under one another."""
+    weights, names = dict(weights), {}
+    for kind in ("inputs", "ff"):
+        groups: list[list[str]] = []
+        for name in getattr(shape, kind):
+            if groups and _alike(weights[groups[-1][-1]], weights[name]):
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        for group in groups:
+            if len(group) > 1:
+                joined = "_".join(group)
+                parts, biases = [weights.pop(name) for name in group], [weights.pop(f"{name}.bias", None) for name in group]
+                weights[joined] = _stacked(parts)
+                if any(bias is not None for bias in biases):
+                    weights[f"{joined}.bias"] = torch.cat([torch.zeros(part.rows) if bias is None else bias
+                                                           for part, bias in zip(parts, biases, strict=True)])
+        names[kind] = tuple("_".join(group) for group in groups)
+    return weights, replace(shape, **names)
+
+
+def _alike(one: Matrix, other: Matrix) -> bool:
+    return isinstance(one, Words) and isinstance(other, Words) and one.layout == other.layout
+
+
+def _stacked(parts: list[Words]) -> Words:
+    first = parts[0]
+    return Words(first.layout, sum(part.rows for part in parts), first.cols,
+                 *(torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True)),
+                 *[None] * (first.zeros is None))
+
+
+def _signature(weights: dict) -> Signature:
+    """What of the weights is no tensor: in the order of names, for words their layout and size, for numbers themselves."""
+    def one(value):
+        if isinstance(value, Words):
+            return value.layout, value.rows, value.cols
+        return "tensor" if isinstance(value, torch.Tensor) else value
+
+    return tuple((name, one(weights[name])) for name in sorted(weights))
+
+
+def _flat(weights: dict) -> list[torch.Tensor]:
+    found = []
+    for name in sorted(weights):
+        value = weights[name]
+        found += value.tensors if isinstance(value, Words) else [value] if isinstance(value, torch.Tensor) else []
+    return found
+
+
+def _rebuilt(signature: Signature, tensors: tuple[torch.Tensor, ...]) -> dict:
+    left, found = iter(tensors), {}
+    for name, kind in signature:
+        if isinstance(kind, tuple):
+            known, rows, cols = kind
+            found[name] = Words(known, rows, cols, next(left), next(left), next(left) if known.offset else None)
+        else:
+            found[name] = next(left) if kind == "tensor" else kind
+    return found

@@ -1,0 +1,73 @@
+"""The short way from a file to its first token: the lean decoder and the file's own words, without transformers."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import LabError, UnknownName
+from .gguf import GGUFFile, read_gguf
+from .gguf.words import show, show_path
+
+
+def decoder(path: str | os.PathLike | GGUFFile, device=None, dtype=None, strategy: str = "auto", context: int | None = None,
+            compile: bool = False, progress: Callable[[str], None] | None = None):
+    """(decoder, words) of a GGUF on this computer: what `llmlab.load` gives, without transformers and in a part of its time.
+
+    `path`: a .gguf (the first file of a sharded set), or the name of a model that `llmlab.local_models()` lists.
+    `decoder.read(tokens)` gives the logits of the next token; `words(text)["input_ids"]` and `words.decode(tokens)` are text
+    to tokens and back, `words` None where the file has no vocabulary. `runtime.generating.stream(decoder, words, text)` and
+    `runtime.conversing.Conversation(decoder, words)` take them as they take a model and its tokenizer. `device`, `strategy`:
+    as in `llmlab.load`. `dtype`: in which matrices are multiplied (None: in which that is quickest here). `context`: most
+    tokens it may hold (None: as trained). `compile`: for this processor, once, or as without it where that cannot be, which
+    `decoder.why` says; `progress` is told what is compiled.
+
+    Raises LabError, in one line, where the decoder does not know the architecture; `llmlab.load` may.
+    """
+    file = path if isinstance(path, GGUFFile) else gguf_of(path)
+    if file is None:
+        raise LabError(f"{show_path(str(path))} is a folder, and the lean decoder reads GGUF files; llmlab.load runs folders")
+    if why := refusal(file):
+        raise LabError(why)
+    from .loading import _device, _dtype
+    from .runtime.decoder import Decoder
+    from .vocabulary import words_of
+
+    device, _ = _device(device, file.tensor_bytes)
+    words = words_of(file) if file.metadata.get("tokenizer.ggml.tokens") else None
+    return Decoder.open(file, dtype and _dtype(dtype, device)[0], strategy, context, device, compile, progress), words
+
+
+def gguf_of(path: str | os.PathLike) -> GGUFFile | None:
+    """The file that is meant, its header read; None for a folder. Raises UnknownName for a name that is no model here, and
+    BadFile for a file that is no GGUF or is damaged."""
+    try:
+        named = os.fsdecode(path)
+        place = Path(named).expanduser()
+        if not (named and os.path.exists(place)):       # false, not an OSError, for a name that is too long
+            from .stores import find_local
+
+            here = find_local(named)
+            if here is None:
+                raise UnknownName(f"{show(named)} is no file and no model on this computer; fetch it first (llmlab.fetch), or "
+                                  "see llmlab.local_models()")
+            place = here.path
+    except (TypeError, ValueError) as error:
+        if isinstance(error, LabError):
+            raise
+        raise LabError(f"{show(str(path))} is not a path; give the path of a .gguf file") from None
+    return None if place.is_dir() else read_gguf(place)
+
+
+def refusal(file: GGUFFile) -> str:
+    """Why the lean decoder cannot run a file; "" where it can."""
+    from .runtime.families import family_of
+    from .runtime.keys import Keys
+
+    shown = show_path(file.paths[0])
+    if file.is_projector:
+        return f"{shown} is the projector of a model, not a model; give the model's own file"
+    try:
+        family_of(Keys(file.metadata, file.architecture, shown))
+    except LabError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,51 @@
+"""The race with the real peers in it: each runs, and its logits are those of the same model."""
+
+import json
+
+import pytest
+from llama_engine import llama_cpp
+from runtime_models import make
+
+from llmlab.benching import bench
+from llmlab.benching.result import DECODE, DEEP, PREFILL
+from llmlab.cli import main
+
+pytestmark = pytest.mark.peers
+
+
+@pytest.fixture(scope="module")
+def raced(smollm2):
+    return bench(smollm2, peers="llama.cpp,transformers", strategies="fast", rounds=2, prompt=32, new=4, deep=64)
+
+
+def test_each_runs_in_every_round(raced):
+    for lane in raced.lanes:
+        assert lane.failed is None, (lane.name, lane.failed)
+        assert [len(lane.seconds[work]) for work in (PREFILL, DECODE, DEEP)] == [2, 2, 2]
+    assert raced.lane("llama.cpp").why.startswith(f"llama-cpp-python {llama_cpp.__version__}")
+    beside = raced.ratio(raced.lane("transformers"), DECODE)
+    assert beside.low <= beside.median <= beside.high and "x llama.cpp" in str(raced.speeds)
+
+
+def test_all_read_the_same_text_with_the_same_model(raced):
+    """llama.cpp rounds activations to 8 bits; transformers in float32 is the reference again, by another way to load."""
+    assert raced.scored_on == "128 tokens of the text llmlab ships"
+    llama, whole, fast = map(raced.lane, ("llama.cpp", "transformers", "fast"))
+    assert 1e-5 < llama.kld_prefill < 0.05 and 1e-5 < llama.kld_decode < 0.05 and llama.top1 > 0.8
+    assert abs(whole.kld_prefill) < 1e-8 and abs(whole.kld_decode) < 1e-8
+    assert abs(fast.kld_prefill) < 1e-8 and abs(fast.kld_decode) < 1e-8
+
+
+def test_llama_cpp_holds_about_the_file(raced, smollm2):
+    size = smollm2.stat().st_size
+    assert 0.5 * size < raced.lane("llama.cpp").resident < 3 * size
+    assert raced.lane("transformers").resident > 3 * size                    # every weight unpacked to float32
+
+
+def test_a_file_a_peer_cannot_run_is_a_line(tmp_path, capsys):
+    path = tmp_path / "experts.gguf"
+    make("mixtral", path, mix="Q8_0")
+    assert main(["bench", str(path), "--peers", "bf16", "--strategy", "none", "--rounds", "1", "--prompt", "8", "--new", "2",
+                 "--deep", "0", "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["lanes"][0]["failed"].startswith("its experts stay packed") and "nobody could run it" in plain["answer"]
