@@ -13,7 +13,8 @@ from .map_state import MapState
 from .state import FitState
 
 _RUNNING = {      # name -> module that needs torch
-    "ChatPanel": "chat_panel", "ChatState": "chat_state", "QuantizationExplorer": "quantization_panel",
+    "ChatPanel": "chat_panel", "ChatState": "chat_state", "CompileExplorer": "compile_panel", "CompileState": "compile_state",
+    "QuantizationExplorer": "quantization_panel",
     "QuantizationState": "quantization_state", "TwinState": "quantization_twin", "quality_figure": "quantization_figures",
 }
 

@@ -127,7 +127,7 @@ class QuantizationState(_Settings):
 
     def _open(self, file) -> "_Opened":
         if self._opened is None or self._opened.asked != file:
-            found = read_gguf(_path(file))
+            found = read_gguf(path_of(file))
             matrices = [tensor for tensor in found.tensors.values() if len(tensor.shape) > 1]
             if not matrices:
                 raise LabError(f"{Path(found.paths[0]).name} holds no matrix; give the GGUF of a model")
@@ -184,7 +184,7 @@ def _known(settings: dict) -> dict:
     return settings
 
 
-def _path(file) -> Path:
+def path_of(file) -> Path:
     """The GGUF that is meant. Raises LabError."""
     if file is None:
         return fetch(SMALL_MODEL)
