@@ -2,6 +2,7 @@
 
 import copy
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -115,6 +116,53 @@ def test_load_keeps_to_transformers_for_everything_else(tiny):
     assert not hasattr(copied, "decoder") and divergence(plain(two).logits, copied(two).logits) < LIMIT
 
 
+def test_generating_in_other_ways_goes_by_transformers(tiny):
+    model, _ = llmlab.load(tiny("llama"), dtype="float32", compile=True)
+    plain, _ = llmlab.load(tiny("llama"), dtype="float32", strategy="compact")
+    ids = torch.tensor([READ[:8]])
+    told = {"output_hidden_states": True, "return_dict_in_generate": True}
+    for settings in ({"num_return_sequences": 2, "do_sample": True}, told, {"use_cache": False},
+                     {"attention_mask": torch.tensor([[0, 0, *[1] * 6]])}):
+        found = []
+        for one in (model, plain):
+            torch.manual_seed(1)
+            said = one.generate(ids, max_new_tokens=5, **{"do_sample": False, **settings})
+            found.append((said if isinstance(said, torch.Tensor) else said.sequences).tolist())
+        assert found[0] == found[1], settings
+    with torch.no_grad():
+        places = torch.arange(8)[None] * 3
+        assert torch.equal(model(ids, position_ids=places).logits, plain(ids, position_ids=places).logits)
+        assert isinstance(model(ids, return_dict=False), tuple)
+        logits = model(ids).logits
+        logits[0, -1, 0] = -1                       # numbers like any other
+        prefix = model(ids, use_cache=True).past_key_values
+        ends = [model(torch.tensor([[token]]), past_key_values=copy.deepcopy(prefix)).logits[0, -1] for token in (5, 6)]
+        for token, end in zip((5, 6), ends, strict=True):
+            assert divergence(plain(torch.tensor([[*READ[:8], token]])).logits[0, -1], end) < LIMIT
+
+
+def test_what_is_changed_inside_is_not_passed_by(tiny):
+    ids = torch.tensor([READ[:8]])
+    for change in (lambda m: setattr(m, "lm_head", torch.nn.Linear(256, 7)), lambda m: m.model.norm.weight.mul_(2),
+                   lambda m: setattr(m.model.layers[1], "forward", lambda x, *_, **__: x)):
+        model, _ = llmlab.load(tiny("llama"), dtype="float32", compile=True)
+        with torch.no_grad():
+            before = model(ids).logits
+            change(model)
+            after = model(ids).logits
+        assert before.shape != after.shape or not torch.allclose(before, after, atol=1e-3)
+
+
+def test_threads_take_turns(tiny):
+    model, _ = llmlab.load(tiny("llama"), dtype="float32", compile=True)
+    prompts = [torch.tensor([READ[at:at + 9]]) for at in (0, 10, 20)]
+    greedy = {"max_new_tokens": 15, "min_new_tokens": 15, "do_sample": False}
+    alone = [model.generate(prompt, **greedy).tolist() for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda prompt: model.generate(prompt, **greedy).tolist(), prompts))
+    assert alone == together
+
+
 def test_an_adapter_is_not_passed_by(tiny):
     peft = pytest.importorskip("peft")
     model, _ = llmlab.load(tiny("llama"), dtype="float32", compile=True)
@@ -167,10 +215,27 @@ def test_a_package_is_kept_made_again_where_damaged_and_named_after_its_source(c
     assert torch.equal(first(torch.ones(7, 4))[0], torch.full((7, 4), 2.0))
     assert package(double, [x], "double", [double], {0: {0: "rows"}}, said.append).path == first.path and len(said) == 1
     assert os.listdir(first.path.parent).count(first.path.name) == 1
-    first.path.write_bytes(first.path.read_bytes()[:1000])
+    bytes = bytearray(first.path.read_bytes())
+    bytes[len(bytes) // 2] ^= 255
+    first.path.write_bytes(bytes)
     again = package(double, [x], "double", [double], {0: {0: "rows"}}, said.append)
     assert len(said) == 2 and torch.equal(again(x)[0], x * 2)
     assert compiling._place("double", [x], [double], {}) != compiling._place("double", [x], [package], {})
+
+
+def test_a_cache_that_is_no_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotPackaged, match="cannot be kept in .*file.compiled .*LLMLAB_CACHE"):
+        package(double, [torch.ones(3, 4)], "double", [double])
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    old, new = tmp_path / "making-old", tmp_path / "making-new"
+    old.mkdir(), new.mkdir()
+    os.utime(old, (1, 1))
+    compiling._sweep(tmp_path)
+    assert new.exists() and not old.exists()
 
 
 def test_what_cannot_be_compiled_or_comes_out_wrong_is_not_kept(cache, monkeypatch):

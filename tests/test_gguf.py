@@ -836,3 +836,20 @@ def test_import_needs_neither_torch_nor_numpy():
     code = "import sys, llmlab.gguf; print({'torch', 'numpy'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.stdout.strip() == "set()", run.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is resident")
+def test_touched_pages_can_be_let_go_and_come_back(tmp_path):
+    path, size = tmp_path / "large.gguf", 32 * MIB
+    write_gguf(path, {"general.architecture": "llama"}, [("x", (size // 4,), "F32", bytes(range(256)) * (size // 256))])
+
+    def resident() -> int:
+        return int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    file = read_gguf(path)
+    data = file.data("x")
+    before, total = resident(), int(data.sum(dtype=np.int64))
+    assert resident() - before > size * 0.9
+    file.sources[0].let_go()
+    assert resident() - before < size * 0.1
+    assert int(data.sum(dtype=np.int64)) == total

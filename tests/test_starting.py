@@ -72,8 +72,10 @@ def test_a_decoder_is_its_own_memory(both):
     list(stream(lean, words, "Once upon", Options(temperature=0, max_tokens=3)))
     again = stream(lean, words, "Once upon a time", Options(temperature=0, max_tokens=3))
     assert "".join(again) and again.stats.reused_tokens == len("Once upon")
-    with pytest.raises(LabError, match="context is 100, and this decoder was opened with 512; open it with another"):
-        Conversation(lean, words, context=100)
+    shorter = Conversation(lean, words, context=100).memory
+    assert shorter.context == 100 and shorter.tokens is lean.tokens
+    with pytest.raises(LabError, match="context is 1,000, and this decoder was opened with 512; open it with more"):
+        Conversation(lean, words, context=1000)
     assert Conversation(lean, words, context=512).memory is lean
 
 

@@ -3,6 +3,7 @@
 Its memory, its threads and its crashes are then its alone; while another is timed it waits for its next line.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -75,6 +76,11 @@ class Child:
         return times.user + times.system
 
     def close(self) -> None:
+        import psutil
+        with contextlib.suppress(psutil.Error):          # a compiler that it started would go on alone
+            for started in psutil.Process(self._process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    started.kill()
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._words):

@@ -69,6 +69,13 @@ class LocalFile:
             os.close(handle)
         return found
 
+    def let_go(self) -> None:
+        """Of the mapped pages that were touched: they no longer count as this process's memory, and are mapped again when
+        something looks at them. Where a system cannot, nothing happens."""
+        found = _maps.get((self.name, self.size, self.stamp))
+        if found is not None and hasattr(mmap, "MADV_DONTNEED"):
+            found.madvise(mmap.MADV_DONTNEED)
+
     def check_in_place(self) -> None:
         """Raises BadFile where this very file was written to since: pages that it lost end the process when they are
         touched. A file that another took the place of, or that was deleted, is as it was."""

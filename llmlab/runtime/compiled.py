@@ -126,7 +126,7 @@ class Compiled:
         cells, turned = torch.zeros(4, shape.kv_heads, shape.head_dim), torch.ones(1, 1, shape.turned)
         example = [torch.linspace(-1, 1, width)[None], cells, cells.clone(), torch.tensor([3]), turned, turned.clone()]
         return package(_one_token(signature, shape), example + _flat(layer), f"layer {signature} {shape}",
-                       (words, layers, _one_token, _Multiplying), {1: {0: "cells"}, 2: {0: "cells"}}, self.progress)
+                       (words, layers, _one_token, *_COMMON), {1: {0: "cells"}, 2: {0: "cells"}}, self.progress)
 
     def _last(self) -> Package:
         signature, softcap = _signature(self.head), self.softcap
@@ -138,7 +138,7 @@ class Compiled:
 
         width = self.head["norm"].shape[-1]
         return package(last, [torch.linspace(-1, 1, width)[None], *_flat(self.head)], f"head {signature} {softcap}",
-                       (words, norm, project, Compiled._last, _Multiplying), None, self.progress)
+                       (words, norm, project, Compiled._last, *_COMMON), None, self.progress)
 
     def _unpacker(self, matrix: Words) -> Package:
         known, dtype = matrix.layout, self.dtype
@@ -149,7 +149,7 @@ class Compiled:
 
         tensors = [t[:2].expand(-1, max(2, t.shape[1]), *t.shape[2:]).contiguous() for t in matrix.tensors]
         dynamic = {i: {0: "rows", 1: "tiles"} for i in range(len(tensors))}
-        return package(unpack, [*tensors, words.shifts(known)], f"unpack {known} {dtype}",
+        return package(unpack, [*tensors, words.shifts(known)], f"unpacking_of_{known.bits}_bits {known} {dtype}",
                        (words.unpack, words.shifts, Compiled._unpacker), dynamic, self.progress)
 
 
@@ -255,3 +255,6 @@ def _rebuilt(signature: Signature, tensors: tuple[torch.Tensor, ...]) -> dict:
         else:
             found[name] = next(left) if kind == "tensor" else kind
     return found
+
+
+_COMMON = (_Multiplying, _signature, _flat, _rebuilt, settle)       # of every package's source

@@ -12,8 +12,11 @@ import inspect
 import io
 import os
 import platform
+import shutil
 import tempfile
+import time
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -28,6 +31,9 @@ from ..errors import LabError
 # and a sum are one instruction, and threads are woken for matrices alone.
 SETTINGS = {"cpp.enable_floating_point_contract_flag": "fast", "realize_acc_reads_threshold": 1 << 20,
             "realize_opcount_threshold": 1 << 20, "compile_threads": 1, "cpp.min_chunk_size": 2048}
+
+
+LONGEST = 3600      # seconds that compiling one package may take
 
 
 class NotPackaged(LabError):
@@ -54,28 +60,46 @@ def package(function: Callable, tensors: Sequence[torch.Tensor], name: str, sour
     text it is made of. `dynamic` names dimensions whose size may change: {argument: {dimension: name}}, 2 at least. What was
     made is run once against the function itself. Raises NotPackaged.
     """
-    kind = name.split(" ")[0]
+    kind = name.split(" ")[0].replace("_", " ")
     path = _place(name, tensors, sources, dynamic or {})
-    if path.is_file():
-        try:
-            return Package(path)
-        except RuntimeError:            # a damaged file is made again
-            path.unlink(missing_ok=True)
-    compiler()
-    if progress:
-        progress(f"compiling the {kind} for this machine, once")
     try:
+        if _is_whole(path):
+            return Package(path)
+        compiler()
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        if progress:
+            progress(f"compiling the {kind} for this machine, once")
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="making-") as folder:
             made = Path(folder) / path.name
             _compile(function, tensors, dynamic or {}, made)
             _check(function, tensors, Package(made), kind)
             os.replace(made, path)
+        return Package(path)
     except NotPackaged:
         raise
-    except Exception as error:      # export, code generation, the compiler and the disk each fail in many ways
+    except OSError as error:
+        raise NotPackaged(f"compiled code cannot be kept in {path.parent} ({error.strerror}); make room there, or give another "
+                          "folder in LLMLAB_CACHE") from error
+    except Exception as error:      # export, code generation, the compiler and the loader each fail in many ways
         raise NotPackaged(f"the {kind} cannot be compiled here ({type(error).__name__}: {_line(error)})") from error
-    return Package(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a package lies there, every byte as it was written: what is damaged is made again."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (FileNotFoundError, zipfile.BadZipFile):
+        return False
+
+
+def _sweep(folder: Path) -> None:
+    """What processes left that were killed while they compiled."""
+    for left in folder.glob("making-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > LONGEST:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def compiler() -> str:
@@ -127,11 +151,14 @@ def _place(name: str, tensors: Sequence[torch.Tensor], sources: Sequence[Callabl
 
 
 @cache
+def _processor() -> str:
+    return hardware.machine().cpu.name
+
+
 def machine() -> str:
     """What a package depends on beside its function."""
-    cpu = hardware.machine().cpu.name
-    return f"{cpu}, {platform.system()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch " \
-           f"{torch.__version__}"
+    told = _processor(), platform.system(), torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"
+    return f"{', '.join(told)}, torch {torch.__version__}"
 
 
 def settle(value: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Few operations a layer, matrices with the same input fused, a cache with room to
 """
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -15,9 +16,11 @@ from ..gguf import GGUFFile, read_gguf
 from ..gguf.words import show_path
 from ..kernels import Packed, rows
 from ..kernels.arithmetic import multiply_in
+from ..kernels.packing import STRATEGIES
 from . import rope
 from .generating import same_beginning, usable_context, whole
 from .graphing import Step
+from .heap import give_back
 from .keys import Keys
 from .layers import LayerShape, block, norm, project
 from .tensors import GGUFSource
@@ -49,6 +52,7 @@ class Decoder:
         self.graphed, self.fused = self.device.type == "cuda", False    # a token's layers as one CUDA graph; by torch.compile
         self.cache_dtype = multiply_in(dtype, self.device.type)
         self.compiled, self.multiply = None, multiply
+        self.lock = threading.RLock()       # one text at a time: whoever goes on with one holds it
         packed = weights.packed()
         self._files = file.sources if file and any(matrix.mapped for matrix in packed) else ()
         reasons = Counter((p.strategy, p.why) for p in packed)
@@ -65,6 +69,8 @@ class Decoder:
         the device multiplies quickest in. `compile`: compiled for this processor, or as without it where that cannot be, which
         `why` says; `progress` is told what is compiled. Raises LabError (BadFile for a damaged file) with one line naming the
         thing and the remedy."""
+        if strategy not in STRATEGIES:
+            raise LabError(f"strategy is {str(strategy)[:40]!r}; give one of {', '.join(STRATEGIES)}")
         file = path if isinstance(path, GGUFFile) else read_gguf(path)
         shown = show_path(file.paths[0])
         if file.is_projector:
@@ -84,6 +90,9 @@ class Decoder:
             return found
         found = cls(weights, torch.float32, context, file)
         found.compiled, found.multiply, found.why, found.strategy = made, made.multiply, made.why, "compiled"
+        for part in file.sources:       # all of it was read once, to be laid out anew
+            part.let_go()
+        give_back()
         return found
 
     @property
@@ -111,20 +120,24 @@ class Decoder:
     def read(self, tokens: list[int]) -> torch.Tensor:
         """Read `tokens` after what was read before; the logits after the last of them, [vocabulary] in float32. Raises
         LabError where memory does not suffice, for a token that is none, and BadFile where the file changed meanwhile."""
-        return self._read(tokens, 1)[0]
+        with self.lock:
+            return self._read(tokens, 1)[0]
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """Read `tokens` after what was read before; the logits after each of them, [tokens, vocabulary] in float32. Raises as
         `read` does."""
-        return self._read(tokens, len(tokens))
+        with self.lock:
+            return self._read(tokens, len(tokens))
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()        # not in inference mode: what comes out may be written to and learned from
     def _read(self, tokens: list[int], wanted: int) -> torch.Tensor:
         """The logits after the last `wanted` tokens."""
         if not tokens:
             raise LabError("there is nothing to read; give one token at least")
+        if self.context is not None and (many := len(self.tokens) + len(tokens)) > self.context:
+            raise LabError(f"the text would be {many:,} tokens, the context holds {self.context:,}; shorten it or begin anew")
         for file in self._files:
             file.check_in_place()
         with whole(self):

@@ -52,14 +52,21 @@ class DecoderCache(Cache):
     def read(self, tokens: list[int], every: bool) -> torch.Tensor:
         """Logits after each of `tokens`, or after the last, [n, vocabulary]."""
         decoder, whole = self.decoder, self.tokens + tokens
-        known = min(decoder.keep(whole), len(self.tokens))
-        if known < len(decoder.tokens):             # logits are wanted that were given already
-            decoder.keep(whole[:known + 1])
-        if missing := self.tokens[known:]:
-            decoder.read(missing)
-        found = decoder.logits(tokens) if every else decoder.read(tokens)[None]
+        with decoder.lock:
+            known = min(decoder.keep(whole), len(self.tokens))
+            if known < len(decoder.tokens):             # logits are wanted that were given already
+                known = min(known, decoder.keep(whole[:known + 1]))
+            if missing := self.tokens[known:]:
+                decoder.read(missing)
+            found = decoder.logits(tokens) if every else decoder.read(tokens)[None]
         self.tokens = whole
         return found
+
+    def __deepcopy__(self, memo) -> "DecoderCache":
+        """The same text, to be gone on with in another way."""
+        made = DecoderCache(self.decoder)
+        made.tokens = list(self.tokens)
+        return made
 
 
 class Delegating:
@@ -70,7 +77,7 @@ class Delegating:
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 labels=None, use_cache=None, logits_to_keep=0, **kwargs):
         mine = isinstance(past_key_values, DecoderCache)
-        if self._can(input_ids, attention_mask, past_key_values, inputs_embeds, labels, kwargs):
+        if self._can(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, kwargs):
             cache = past_key_values if mine else DecoderCache(self.decoder)
             tokens = input_ids[0].tolist()
             one = isinstance(logits_to_keep, int) and logits_to_keep == 1
@@ -86,25 +93,36 @@ class Delegating:
                                past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
                                logits_to_keep=logits_to_keep, **kwargs)
 
-    def _can(self, ids, mask, cache, embeds, labels, kwargs) -> bool:
+    def _can(self, ids, mask, positions, cache, embeds, labels, kwargs) -> bool:
         if ids is None or embeds is not None or labels is not None or ids.shape[0] != 1 or not ids.shape[1]:
             return False
-        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions") or self.training:
+        if self.training or kwargs.get("return_dict") is False or self._tells_more(kwargs.get):
             return False
         if mask is not None and (mask.ndim != 2 or not bool(mask.all())):
             return False
+        if positions is not None:
+            before = len(cache.tokens) if isinstance(cache, DecoderCache) else 0
+            if positions.flatten().tolist() != list(range(before, before + ids.shape[1])):
+                return False
         if isinstance(cache, DecoderCache):
             return ids.shape[1] == 1 or self.untouched()
         return cache is None and self.untouched()
+
+    def _tells_more(self, asked) -> bool:
+        """Whether more than logits is wanted, by arguments or by the configuration."""
+        return any((getattr(self.config, name, False) if (said := asked(name)) is None else said)
+                   for name in ("output_hidden_states", "output_attentions"))
 
     def untouched(self) -> bool:
         """Whether the modules are those that were loaded, nothing in them learns, and nobody listens inside."""
         return parts(self) == self._parts
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
-        plain = generation_mode in ("greedy_search", "sample") and batch_size == 1
-        if plain and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None \
-                and generation_config.cache_implementation is None and self.untouched():
+        mask, one = model_kwargs.get("attention_mask"), generation_config.num_return_sequences in (None, 1)
+        if (generation_mode in ("greedy_search", "sample") and batch_size == 1 and one
+                and generation_config.use_cache is not False and generation_config.cache_implementation is None
+                and model_kwargs.get("past_key_values") is None and (mask is None or bool(mask.all()))
+                and not self._tells_more(lambda name: getattr(generation_config, name, None)) and self.untouched()):
             model_kwargs["past_key_values"] = DecoderCache(self.decoder)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args,
                                                      **kwargs)
@@ -124,11 +142,12 @@ def delegate(model: nn.Module, decoder: Decoder) -> nn.Module:
     return model
 
 
-def parts(model: nn.Module) -> tuple[int, int, int]:
-    """How many modules there are, hooks inside that are not transformers' own, and parameters that learn."""
+def parts(model: nn.Module) -> tuple:
+    """What tells whether anything in a model was exchanged, changed, is listened to or learns."""
     modules = list(model.modules())[1:]
     hooks = [hook for m in modules for kind in (m._forward_hooks, m._forward_pre_hooks) for hook in kind.values()]
-    return len(modules), sum(not _own(hook) for hook in hooks), sum(p.requires_grad for p in model.parameters())
+    return (tuple(map(id, modules)), any("forward" in vars(m) for m in modules), sum(not _own(hook) for hook in hooks),
+            tuple((p.requires_grad, 0 if p.is_inference() else p._version) for p in model.parameters()))
 
 
 def _own(hook) -> bool:

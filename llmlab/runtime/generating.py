@@ -122,9 +122,23 @@ def memory_of(model, context: int | None = None) -> Reader:
         model = model.decoder
     if not hasattr(model, "keep"):
         return Memory(model, context)
-    if context not in (None, model.context):
-        raise LabError(f"context is {context!r:.40}, and this decoder was opened with {model.context:,}; open it with another")
-    return model
+    if context in (None, model.context):
+        return model
+    if isinstance(context, int) and context > model.context:
+        raise LabError(f"context is {context:,}, and this decoder was opened with {model.context:,}; open it with more")
+    return Shorter(model, usable_context(context, model.trained))
+
+
+class Shorter:
+    """A decoder of which less is used than it could hold."""
+
+    def __init__(self, decoder: Reader, context: int):
+        self.decoder, self.context, self.trained = decoder, context, decoder.trained
+        self.forget, self.keep, self.read = decoder.forget, decoder.keep, decoder.read
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.decoder.tokens
 
 
 class Memory:
