@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from .errors import BadFile, LabError, UnknownName
+from .errors import BadFile, LabError
 from .gguf import read_gguf
 from .gguf.local import LocalFile
-from .gguf.words import show, show_path
+from .gguf.words import show_path
 from .kernels.packing import STRATEGIES
 from .runtime import GGUFSource, Keys, build
+from .stores import place_of
 from .units import format_bytes
 from .vocabulary import bounded, tokenizer_of
 
@@ -63,7 +64,7 @@ def load(path: str | os.PathLike, device: str | torch.device | None = None, dtyp
     """
     if strategy not in STRATEGIES:
         raise LabError(f"strategy is {str(strategy)[:40]!r}; give one of {', '.join(STRATEGIES)}")
-    place = _find(path)
+    place = place_of(path, "a .gguf file or of a safetensors folder")
     if place.is_dir():
         if compile:
             raise LabError(f"compile=True is for GGUF files; {show_path(str(place))} is a safetensors folder: give "
@@ -195,24 +196,6 @@ def _first_line(error: Exception) -> str:
 
 
 # ---- what, where, how precise -------------------------------------------------------------------------------
-
-def _find(path: str | os.PathLike) -> Path:
-    """The file or folder that is meant. Raises UnknownName."""
-    from .sources import find_local
-
-    try:
-        named = os.fsdecode(path)
-        place = Path(named).expanduser()
-        if named and os.path.exists(place):       # false, not an OSError, for a name that is too long
-            return place
-        here = find_local(named)
-    except (TypeError, ValueError):
-        raise LabError(f"{show(str(path))} is not a path; give the path of a .gguf file or of a safetensors folder") from None
-    if here is None:
-        raise UnknownName(f"{show(str(path))} is no file and no model on this computer; fetch it first (llmlab.fetch), or see "
-                          "llmlab.local_models()")
-    return here.path
-
 
 def _device(asked, size: int) -> tuple[torch.device, str]:
     """Where to, and why: a card where one is there and the weights leave a tenth of its free memory."""

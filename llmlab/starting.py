@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
-from .errors import LabError, UnknownName
+from .errors import LabError
 from .gguf import GGUFFile, read_gguf
-from .gguf.words import show, show_path
+from .gguf.words import show_path
+from .stores import place_of
 
 
 def decoder(path: str | os.PathLike | GGUFFile, device=None, dtype=None, strategy: str = "auto", context: int | None = None,
@@ -40,21 +40,7 @@ def decoder(path: str | os.PathLike | GGUFFile, device=None, dtype=None, strateg
 def gguf_of(path: str | os.PathLike) -> GGUFFile | None:
     """The file that is meant, its header read; None for a folder. Raises UnknownName for a name that is no model here, and
     BadFile for a file that is no GGUF or is damaged."""
-    try:
-        named = os.fsdecode(path)
-        place = Path(named).expanduser()
-        if not (named and os.path.exists(place)):       # false, not an OSError, for a name that is too long
-            from .stores import find_local
-
-            here = find_local(named)
-            if here is None:
-                raise UnknownName(f"{show(named)} is no file and no model on this computer; fetch it first (llmlab.fetch), or "
-                                  "see llmlab.local_models()")
-            place = here.path
-    except (TypeError, ValueError) as error:
-        if isinstance(error, LabError):
-            raise
-        raise LabError(f"{show(str(path))} is not a path; give the path of a .gguf file") from None
+    place = place_of(path)
     return None if place.is_dir() else read_gguf(place)
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import hub, places
-from .errors import UnknownName
+from .errors import LabError, UnknownName
+from .gguf.words import show
 from .units import MIB
 from .verified import is_verified, recall
 from .wheels import PACKAGED, installed
@@ -40,6 +41,23 @@ def local_models() -> list[LocalModel]:
     seen: set[tuple[str, str]] = set()
     return [model for model in found
             if (key := (model.store, os.path.realpath(model.path))) not in seen and not seen.add(key)]
+
+
+def place_of(path: str | os.PathLike, kinds: str = "a .gguf file") -> Path:
+    """The file or folder that a person means, by its path or by a name that `find_local` finds; `kinds` says in words what may
+    be given. Raises LabError for what is no path, UnknownName where there is nothing of that name."""
+    try:
+        named = os.fsdecode(path)
+        place = Path(named).expanduser()
+        if named and os.path.exists(place):       # false, not an OSError, for a name that is too long
+            return place
+        here = find_local(named)
+    except (TypeError, ValueError):
+        raise LabError(f"{show(str(path))} is not a path; give the path of {kinds}") from None
+    if here is None:
+        raise UnknownName(f"{show(str(path))} is no file and no model on this computer; fetch it first (llmlab.fetch), or see "
+                          "llmlab.local_models()")
+    return here.path
 
 
 def find_local(name: str) -> LocalModel | None:

@@ -10,12 +10,13 @@ from datetime import datetime
 from pathlib import Path
 
 from .. import hardware
-from ..errors import LabError, UnknownName
+from ..errors import LabError
 from ..gguf import read_gguf
-from ..gguf.words import show, show_path
+from ..gguf.words import show_path
 from ..memory import cache_bytes, default_quant
 from ..shapes import ModelSpec, model_spec
 from ..speed import reading
+from ..stores import place_of
 from . import entries
 from .children import Child, waiting
 from .entries import Entry
@@ -89,21 +90,8 @@ def bench(path: str | os.PathLike, *, peers: str | tuple | None = None, strategi
 
 
 def _place(path: str | os.PathLike) -> Path:
-    """The file that is meant, by its path or by a name that `llmlab.local_models()` lists. Raises UnknownName."""
-    from ..sources import find_local
-    try:
-        named = os.fsdecode(path)
-        place = Path(named).expanduser()
-        if named and os.path.exists(place):
-            found = place
-        else:
-            here = find_local(named)
-            found = here and here.path
-    except (TypeError, ValueError):
-        raise LabError(f"{show(str(path))} is not a path; give the path of a .gguf file") from None
-    if found is None:
-        raise UnknownName(f"{show(str(path))} is no file and no model on this computer; fetch it first (llmlab fetch), or see "
-                          "llmlab.local_models()")
+    """The file that is meant, by its path or by a name that `llmlab.local_models()` lists. Raises LabError."""
+    found = place_of(path)
     if found.is_dir():
         raise LabError(f"{show_path(str(found))} is a folder; bench takes a .gguf file, which every engine here can read")
     return found
