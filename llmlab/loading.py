@@ -53,9 +53,9 @@ def load(path: str | os.PathLike, device: str | torch.device | None = None, dtyp
 
     A GGUF's weights stay packed: `strategy` "compact" keeps the file's bytes, mapped; "fast" holds more memory where that
     buys speed; "reference" unpacks each matrix at every use; "auto" chooses by the memory that is free. `compile`: a GGUF's
-    layers compiled for this processor, once (a minute; kept on disk, a second time takes a second): `generate` and logits of
-    one text then come from `model.decoder`, everything else from transformers' modules as before; where nothing can be
-    compiled, `model.llmlab.why` says so. A folder is loaded by
+    layers compiled for this processor, once (a minute; kept on disk, a second time takes a second), by the same strategies:
+    "compact" within 1.15 of the file's bytes. `generate` and logits of one text then come from `model.decoder`, everything
+    else from transformers' modules as before; where nothing can be compiled, `model.llmlab.why` says so. A folder is loaded by
     transformers as it is, or with `quant` "nf4", "nf4-double" or "int8" by bitsandbytes. `device`: "cpu" or "cuda" (None: a
     card where the model fits on one). `dtype`: of the activations ("float32", "bfloat16", "float16"; None: what this device
     computes well). The tokenizer is None where the file has no vocabulary.

@@ -88,6 +88,7 @@ MIXES = {  # tensor name without the block -> type; "" the rest
     "F16": {"": "F16"},
     "Q8_0": {"": "Q8_0"},
     "few": {"": "Q4_0", "attn_v": "BF16", "ffn_down": "Q6_K"},      # nibbles, numbers, bytes with groups of 16
+    "small": {"": "Q4_1", "ffn_down": "Q6_K"},      # scales in halves of words; two planes, scales in bytes
     "mixed": {"": "Q8_0", "attn_q": "Q4_0", "attn_k": "Q5_1", "attn_v": "BF16", "ffn_down": "Q6_K", "ffn_up": "Q4_K",
               "ffn_gate": "Q5_0", "token_embd": "Q6_K", "ffn_gate_exps": "MXFP4", "ffn_up_exps": "MXFP4",
               "ffn_down_exps": "Q4_1", "output": "Q4_1", "attn_qkv": "Q4_K"},

@@ -130,8 +130,8 @@ def test_a_child_that_dies_is_one_line(tiny):
         with pytest.raises(LabError, match="there is no row 99999"):
             one.ask("read", tokens=[99999])
         assert one.ask("read", tokens=[1, 2])["seconds"] > 0         # an error is an answer; it lives on
-        with pytest.raises(LabError, match="not compiled: strategy 'compact' keeps the file's own bytes"):
-            one.ask("open", job=job | {"way": "compiled"})
+        with pytest.raises(LabError, match="not compiled: strategy 'reference' is there to compare with"):
+            one.ask("open", job=job | {"way": "compiled", "strategy": "reference"})
         os.kill(one._process.pid, 9)
         with pytest.raises(LabError, match="was killed, as the system does when memory runs out"):
             one.ask("read", tokens=[1, 2])

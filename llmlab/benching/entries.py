@@ -98,8 +98,8 @@ def need(entry: Entry, file_bytes: int, weights: int) -> int:
         return 2 * weights
     if entry.way == "nf4":
         return weights                     # half a byte each, embedding and output two bytes
-    if "compact" in entry.name or "reference" in entry.name:
-        return file_bytes // 4
+    if entry.strategy in ("compact", "reference"):
+        return file_bytes // 4 if entry.way != "compiled" else file_bytes * 5 // 4
     return 2 * file_bytes                  # repacked, or codes of a byte
 
 

@@ -55,7 +55,7 @@ class CompileExplorer(Panel):
         self.file = self.entered(described(w.Text, "open file", "the path of a GGUF, or a model of this computer; Enter opens "
                                            "it", placeholder="a path, or a name"), self._take_file)
         self.strategy = self.bound("strategy", w.Dropdown, "strategy", "how the eager and the lean way hold the weights: "
-                                   "compact as in the file, fast in more memory; compiled code has its own layout",
+                                   "compact as in the file, fast in more memory; compiled code has layouts of its own",
                                    options=STRATEGIES)
         self.context = self.bound("context", w.SelectionSlider, "context", "tokens that were read before: attention looks at "
                                   "each of them", options=[(f"{n:,}", n) for n in CONTEXTS], continuous_update=False)

@@ -252,7 +252,7 @@ class CompileState(_Settings, Background):
             return Memory(load(file.paths[0], device="cpu", strategy=strategy)[0])
         if way == LEAN:
             return Decoder.open(file, strategy=strategy)
-        need, free = 2 * file.file_bytes, ram_available()
+        need, free = file.file_bytes * (8 if strategy == "fast" else 5) // 4, ram_available()
         if need > free:
             raise LabError(f"its weights as words take up to {format_bytes(need)}, and {format_bytes(free)} are free")
 
@@ -262,7 +262,7 @@ class CompileState(_Settings, Background):
                 raise _NotMade
 
         try:
-            found = Decoder.open(file, compile=True, progress=said)
+            found = Decoder.open(file, strategy=strategy, compile=True, progress=said)
         except _NotMade:
             raise LabError("it must be compiled for this processor first, once, which takes a minute or two") from None
         if found.compiled is None:

@@ -11,9 +11,11 @@ from dataclasses import replace
 
 import torch
 
+from .. import hardware
 from ..errors import LabError
 from ..kernels import Packed, dense, scratch, words
 from ..kernels.words import Layout, Words
+from ..units import GIB
 from . import layers
 from .compiling import NotPackaged, Package, machine, package, settle
 from .keys import Keys
@@ -32,16 +34,18 @@ class NotCompiled(LabError):
 def compiled(source: Source, keys: Keys, dtype: torch.dtype, strategy: str, device: torch.device,
              progress: Callable[[str], None] | None = None) -> tuple[Weights, "Compiled"]:
     """A source's weights as words, and the packages that run them. `dtype`: in which many tokens at once are multiplied; one
-    alone is in float32. Raises NotCompiled, and what `weights.read` raises."""
-    if strategy not in ("auto", "fast"):
-        raise NotCompiled(f"strategy {strategy!r} keeps the file's own bytes, and compiled code wants them as words")
+    alone is in float32. `strategy` "compact" keeps them within 1.15 of the file's bytes, "fast" lays them out as is quickest,
+    "auto" does where there is room. Raises NotCompiled, and what `weights.read` raises."""
+    if strategy not in ("auto", "fast", "compact"):
+        raise NotCompiled(f"strategy {strategy!r} is there to compare with, and is never compiled")
     if device.type != "cpu":
         raise NotCompiled("this is for processors; a card's layers run as one CUDA graph")
     found = read(source, keys, torch.float32, "compact", device)
     if any(shape.experts for shape in found.shapes):
         raise NotCompiled("which experts a token takes is known only when it comes")
     try:
-        made = Compiled(found, dtype, progress)
+        small = strategy == "compact" or strategy == "auto" and _quick_bytes(found) > hardware.ram_available() - GIB
+        made = Compiled(found, dtype, progress, small)
     except NotPackaged as error:
         raise NotCompiled(str(error)) from error
     # The embedding is looked up row by row; nothing else of the file is read again.
@@ -51,12 +55,13 @@ def compiled(source: Source, keys: Keys, dtype: torch.dtype, strategy: str, devi
 class Compiled:
     """What a `Decoder` calls for one token, and its `multiply` for many. `bytes`: what the matrices hold here."""
 
-    def __init__(self, weights: Weights, dtype: torch.dtype, progress: Callable[[str], None] | None = None):
+    def __init__(self, weights: Weights, dtype: torch.dtype, progress: Callable[[str], None] | None = None,
+                 small: bool = False):
         self.dtype, self.progress, self.softcap = dtype, progress or (lambda said: None), weights.softcap
         self._unpackers: dict[Layout, Package] = {}
-        made = [_fused(_laid_out(layer), shape) for layer, shape in zip(weights.layers, weights.shapes, strict=True)]
+        made = [_fused(_laid_out(layer, small), shape) for layer, shape in zip(weights.layers, weights.shapes, strict=True)]
         self.layers, self.shapes = tuple(layer for layer, _ in made), tuple(shape for _, shape in made)
-        self.head = _laid_out(weights.head)
+        self.head = _laid_out(weights.head, small)
         packages: dict[tuple, Package] = {}
         for layer, shape in made:
             kind = _signature(layer), shape
@@ -69,10 +74,11 @@ class Compiled:
             if matrix.layout not in self._unpackers:
                 self._unpackers[matrix.layout] = self._unpacker(matrix)
         bits = sorted({matrix.layout.bits for matrix in matrices})
+        scales = "the file's own scales" if small else "float32 scales"
         self.bytes = sum(matrix.bytes for matrix in matrices)
         kinds = f"{len(packages)} {'kind' if len(packages) == 1 else 'kinds'} of layer"
         self.why = (f"compiled for {machine()}: {len(matrices)} matrices as words of {' and '.join(map(str, bits))} bits with "
-                    f"float32 scales, {kinds}; many tokens at once in {str(dtype).removeprefix('torch.')}")
+                    f"{scales}, {kinds}; many tokens at once in {str(dtype).removeprefix('torch.')}")
 
     def token(self, x: torch.Tensor, caches: list[torch.Tensor], tables: list[tuple[torch.Tensor, torch.Tensor]],
               start: int) -> torch.Tensor:
@@ -145,10 +151,13 @@ class Compiled:
 
         def unpack(*tensors):
             *held, shifts = tensors
-            return (words.unpack(Words(known, 0, 0, held[0], held[1], held[2] if known.offset else None), shifts, dtype),)
+            return (words.unpack(Words(known, 0, 0, tuple(held)), shifts, dtype),)
 
-        tensors = [t[:2].expand(-1, max(2, t.shape[1]), *t.shape[2:]).contiguous() for t in matrix.tensors]
-        dynamic = {i: {0: "rows", 1: "tiles"} for i in range(len(tensors))}
+        pairs = known.held == "bytes"
+        # Sizes that may change are two at least; small scales are held for pairs of tiles, everything else for each.
+        tensors = [t[:2, :1].expand(-1, 2 if pairs and i == 1 else 2 + 2 * pairs, *t.shape[2:]).contiguous()
+                   for i, t in enumerate(matrix.tensors)]
+        dynamic = {i: {0: "rows", 1: "2*pairs" if pairs and i != 1 else "pairs"} for i in range(len(tensors))}
         return package(unpack, [*tensors, words.shifts(known)], f"unpacking_of_{known.bits}_bits {known} {dtype}",
                        (words.unpack, words.shifts, Compiled._unpacker), dynamic, self.progress)
 
@@ -182,14 +191,26 @@ class _Multiplying:
         return words.multiply(found, matrix)[None]
 
 
+def _quick_bytes(weights: Weights) -> float:
+    """What the matrices hold when they are laid out as is quickest."""
+    found = 0.0
+    for part in (*weights.layers, weights.head):
+        for matrix in (value for value in part.values() if isinstance(value, Packed)):
+            known = words.layout(matrix.format)
+            found += matrix.rows * matrix.cols * (known.bits_per_weight(matrix.cols) / 8 if known else 4)
+    return found
+
+
 # ---- weights as flat tensors ------------------------------------------------------------------------------------
 
-def _laid_out(weights: dict) -> dict:
-    """Packed matrices as words (or as numbers, where codes are none)."""
+def _laid_out(weights: dict, small: bool = False) -> dict:
+    """Packed matrices as words, or as numbers where codes are none. Raises NotCompiled where those would be too large."""
     def one(value):
         if not isinstance(value, Packed):
             return value
-        found = words.lay_out(value.blocks, value.format, value.cols)
+        found = words.lay_out(value.blocks, value.format, value.cols, words.layout(value.format, None, small))
+        if found is None and small and value.format != "F32":
+            raise NotCompiled(f"no way is known to lay {value.format} as words within {words.ROOM:.2f} of the file")
         return dense(value, torch.float32) if found is None else found
 
     return {name: one(value) for name, value in weights.items()}
@@ -224,8 +245,7 @@ def _alike(one: Matrix, other: Matrix) -> bool:
 def _stacked(parts: list[Words]) -> Words:
     first = parts[0]
     return Words(first.layout, sum(part.rows for part in parts), first.cols,
-                 *(torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True)),
-                 *[None] * (first.zeros is None))
+                 tuple(torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True)))
 
 
 def _signature(weights: dict) -> Signature:
@@ -251,7 +271,7 @@ def _rebuilt(signature: Signature, tensors: tuple[torch.Tensor, ...]) -> dict:
     for name, kind in signature:
         if isinstance(kind, tuple):
             known, rows, cols = kind
-            found[name] = Words(known, rows, cols, next(left), next(left), next(left) if known.offset else None)
+            found[name] = Words(known, rows, cols, tuple(next(left) for _ in range(words.parts(known))))
         else:
             found[name] = next(left) if kind == "tensor" else kind
     return found

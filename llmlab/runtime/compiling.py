@@ -57,8 +57,8 @@ def package(function: Callable, tensors: Sequence[torch.Tensor], name: str, sour
     """`function(*tensors)` -> tuple of tensors, compiled: opened where it lies on disk, made and kept there otherwise.
 
     `name` says what it is, in its first word, and all that the function closes over; `sources` are modules or functions whose
-    text it is made of. `dynamic` names dimensions whose size may change: {argument: {dimension: name}}, 2 at least. What was
-    made is run once against the function itself. Raises NotPackaged.
+    text it is made of. `dynamic` names dimensions whose size may change, 2 at least: {argument: {dimension: name}}; "2*name" is
+    one twice as large. What was made is run once against the function itself. Raises NotPackaged.
     """
     kind = name.split(" ")[0].replace("_", " ")
     path = _place(name, tensors, sources, dynamic or {})
@@ -118,8 +118,13 @@ def _compile(function: Callable, tensors: Sequence[torch.Tensor], dynamic: dict,
     from torch._inductor import aoti_compile_and_package
 
     names: dict[str, object] = {}
-    shapes = [{at: names.setdefault(name, torch.export.Dim(name, min=2, max=1 << 24)) for at, name in dynamic[i].items()}
-              if i in dynamic else None for i in range(len(tensors))]
+
+    def size(name: str):
+        times, _, name = name.rpartition("*")
+        found = names.setdefault(name, torch.export.Dim(name, min=2, max=1 << 24))
+        return int(times) * found if times else found
+
+    shapes = [{at: size(name) for at, name in dynamic[i].items()} if i in dynamic else None for i in range(len(tensors))]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(_Module(function), tuple(tensors), dynamic_shapes=(tuple(shapes),))

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.bench
 
 QUANTS = ("Q4_0", "Q4_1", "Q4_K_M", "IQ4_XS", "Q3_K_S", "Q6_K", "Q8_0")
 SMOL = "SmolLM2 Q4_1"
-STRATEGIES = "fast,compact,compiled"
+STRATEGIES = "fast,compact,compiled,compiled-compact"
 DEEP = ("Q4_K_M", SMOL)  # also after 4096 tokens
 WANTED = (               # work, files, strategies, beside whom, at least, aimed at
     (DECODE, ("Q4_0", "Q4_1"), "fast", "llama.cpp", 0.9, 1.2),
