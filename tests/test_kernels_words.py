@@ -46,6 +46,21 @@ def test_rows_are_filled_up_with_zeros():
     assert (pairs.tiles(256), pairs.tiles(512), pairs.tiles(768)) == (2, 2, 4)
 
 
+@pytest.mark.parametrize("side", [8, 16])
+@pytest.mark.parametrize("cols", [32, 96, 256, 288, 352, 512, 576, 768, 1056])
+def test_what_fills_rows_up_is_not_multiplied(cols, side):
+    generator = torch.Generator().manual_seed(5)
+    for type in ("Q4_0", "Q6_K") if cols % 256 == 0 else ("Q4_0",):
+        known, blocks = words.layout(type, side, True), sane_blocks(type, 10, cols)
+        x, out = torch.randn(4, cols, generator=generator), torch.empty(4, 10)
+        columns = words.Columns(x, known)
+        columns.times(words.unpack(words.lay_out(blocks, type, cols, known), words.shifts(known)), out)
+        true = x @ dequantize(blocks, type).T
+        assert (out - true).norm() < 1e-6 * true.norm()
+        read = columns.x.shape[1] + (0 if columns.rest is None else columns.rest.shape[1])
+        assert read < cols + known.tile // 2
+
+
 @pytest.mark.parametrize("j", range(8))
 def test_the_levels_of_iq4_are_a_rounded_curve(j):
     at = torch.arange(16)

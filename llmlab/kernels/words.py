@@ -326,3 +326,26 @@ def side_by_side(x: torch.Tensor, known: Layout) -> torch.Tensor:
     """Inputs [tokens, cols] in the order in which `unpack` gives weights, zero where rows are filled up."""
     x = torch.nn.functional.pad(x, (0, known.tiles(x.shape[1]) * known.tile - x.shape[1])).view(len(x), -1, known.lanes, RUN)
     return x.mT.flatten(1)
+
+
+class Columns:
+    """Many inputs [tokens, cols] times weights as `unpack` gives them: side by side, without what rows are filled up by where
+    that is half of a tile at least."""
+
+    def __init__(self, x: torch.Tensor, known: Layout):
+        whole, left = divmod(x.shape[1], known.tile)
+        self.known, self.lanes = known, -(-left // RUN)
+        self.whole = whole * known.tile if 2 * self.lanes <= known.lanes else known.tiles(x.shape[1]) * known.tile
+        x = side_by_side(x, known)
+        self.x, self.rest = x[:, :self.whole], self._last(x) if self.whole < x.shape[1] and self.lanes else None
+
+    def times(self, weights: torch.Tensor, out: torch.Tensor) -> None:
+        """weights [rows, ..] -> out [tokens, rows]."""
+        torch.mm(self.x, weights[:, :self.whole].T, out=out)
+        if self.rest is not None:
+            out.addmm_(self.rest, self._last(weights).T)
+
+    def _last(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Of [n, ..] the lanes in use of the last tile."""
+        tile = numbers[:, self.whole:self.whole + self.known.tile]
+        return tile.unflatten(1, (RUN, -1))[:, :, :self.lanes].flatten(1)

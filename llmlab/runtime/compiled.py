@@ -102,12 +102,13 @@ class Compiled:
         if isinstance(matrix, torch.Tensor):
             return torch.mm(x, matrix.T)
         unpack, tensors = self._unpackers[matrix.layout], matrix.tensors
-        x, shifts = words.side_by_side(x.to(self.dtype), matrix.layout), words.shifts(matrix.layout)
-        y, step = x.new_empty(x.shape[0], matrix.rows), max(2, scratch.rows_at_once(x.shape[1], x.device))
+        shifts, columns = words.shifts(matrix.layout), words.Columns(x.to(self.dtype), matrix.layout)
+        y = columns.x.new_empty(x.shape[0], matrix.rows)
+        step = max(2, scratch.rows_at_once(matrix.tensors[0].shape[1] * matrix.layout.tile, x.device))
         for start in range(0, matrix.rows, step):
             start = min(start, max(0, matrix.rows - 2))         # a package takes two rows at least
             part = slice(start, start + step)
-            torch.mm(x, unpack(*(t[part] for t in tensors), shifts)[0].T, out=y[:, part])
+            columns.times(unpack(*(t[part] for t in tensors), shifts)[0], y[:, part])
         return y.float()
 
     @contextlib.contextmanager
