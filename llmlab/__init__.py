@@ -14,9 +14,11 @@ _FACE = {  # public name -> (module, name there)
     "size": ("memory", "size_of"), "mix": ("memory", "mix_of"),
     "fetch": ("sources", "fetch"), "local_models": ("sources", "local_models"),
     "load": ("loading", "load"), "decoder": ("starting", "decoder"),
+    "quantize_gguf": ("requantizing", "quantize_gguf"),
     "perplexity": ("quality", "perplexity"), "divergence": ("quality", "divergence"),
+    "importance": ("quality", "importance"), "read_importance": ("quality", "read_importance"),
     "LabError": ("errors", "LabError"), "formats": ("formats", None),
-    "kernels": ("kernels", None),
+    "kernels": ("kernels", None), "lossless": ("lossless", None),
 }
 __all__ = [*_FACE, "__version__"]
 

@@ -58,10 +58,11 @@ class Overhead:
 
 @dataclass(frozen=True)
 class Quality:
-    """How far Llama 3 8B's answers drift: perplexity (None where not published) and mean KL divergence, wikitext-2 test.
+    """How far a model's answers drift: perplexity (None where not published) and mean KL divergence. Of Llama 3 8B on the
+    wikitext-2 test, or of SmolLM2 135M as `measured_quality` says.
 
-    `what` is a quant, or the cache types "q8_0/q4_0" of K and V. Figures compare within one table only; None where nothing
-    was published.
+    `what` is a quant, "mix at Q4_K_M", or the cache types "q8_0/q4_0" of K and V. Figures compare within one table only; None
+    where nothing was published.
     """
 
     what: str
@@ -74,6 +75,8 @@ class Quality:
     bytes: int | None  # of the file, published to 0.01 GiB; None for a cache
     rms_dp: float | None  # root mean square change of the right token's probability, as a share
     loss: float | None  # perplexity over that of the table's f16, less 1: 0.028 is 2.8 % worse
+    error: float | None = None  # of mean_kld, one standard error
+    p99_kld: float | None = None  # of a hundred tokens one drifts further
 
 
 @dataclass(frozen=True)
@@ -423,6 +426,19 @@ def quality() -> dict[tuple[str, bool], Quality]:
                      int(float(row["gib"]) * GIB)) for row in published]
     rows = [row if row.bits else replace(row, bits=round(row.bytes * 8 / weights, 2)) for row in rows]
     return {(row.what, row.importance): row for row in rows}
+
+
+@cache
+def measured_quality() -> dict[tuple[str, bool], Quality]:
+    """SmolLM2 135M by (quant, importance matrix or not), measured by tests/bench/bench_rates.py: {("Q4_K_M", False): Quality}.
+
+    The original are the weights of its quantized file moved off their grid (`quality.unrounded`), and its rows of 576 weights
+    do not divide into blocks of 256: most tensors of a K quant are in the fallback types that `note` counts.
+    """
+    return {(row["quant"], row["imatrix"] != "None"): Quality(
+        row["quant"], row["imatrix"] != "None", float(row["perplexity"]), float(row["mean_kld"]), row["source"], row["note"],
+        float(row["bits_per_weight"]), int(row["bytes"]), float(row["rms_delta_p_percent"]) / 100, float(row["ratio"]) - 1,
+        float(row["mean_kld_error"]), float(row["p99_kld"])) for row in _rows("quality_smollm2_135m.csv")}
 
 
 @cache

@@ -1,4 +1,5 @@
-"""The same functions from a shell: llmlab fit, fits, size, mix, run, bench, doctor, fetch, models, gpus, lab.
+"""The same functions from a shell: llmlab fit, fits, size, mix, importance, quantize, run, bench, doctor, fetch, models, gpus,
+lab.
 
 Imports wait until a command needs them, so that an answer takes a fraction of a second; nothing here imports torch.
 """
@@ -9,6 +10,7 @@ import os
 import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from .errors import LabError
 
@@ -53,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("quant", metavar="QUANT", nargs="?", help="such as Q4_K_M; as stored in a GGUF, else Q4_K_M")
         one.add_argument("--importance", action="store_true", help="quantized with an importance matrix")
         _finish(one, run)
+    _add_quantize(commands)
+    _add_importance(commands)
     _add_run(commands)
     _add_bench(commands)
     one = commands.add_parser("doctor", help="what this computer is, what is free, what is missing")
@@ -112,6 +116,35 @@ def _add_fits(commands) -> None:
     one.add_argument("--context", type=_tokens, default=8192, help="tokens: 8192 (default), 32k")
     one.add_argument("--kv", default="f16", help="cache type, or K,V: q8_0 or q8_0,q4_0 (default f16)")
     _finish(one, _fits)
+
+
+def _add_quantize(commands) -> None:
+    one = commands.add_parser("quantize", help="write a GGUF in a quant, from a GGUF or a safetensors folder")
+    one.add_argument("source", metavar="SOURCE", help="GGUF in F32, F16, BF16 or Q8_0 (of a set the first), or a folder")
+    one.add_argument("target", metavar="TARGET", help="the GGUF to write")
+    one.add_argument("quant", metavar="QUANT", help="such as Q4_K_M")
+    one.add_argument("--importance", metavar="FILE", help="importance matrix: llmlab's or llama.cpp's")
+    one.add_argument("--type", action="append", default=[], metavar="PATTERN=TYPE", help="this type for tensors whose name has "
+                     "the pattern, a regular expression; again for more, the first that is found counts; TYPE 'keep': as it is")
+    one.add_argument("--effort", default="normal", help="normal (default): as llama.cpp searches; high: longer, for less error")
+    one.add_argument("--allow-requantize", action="store_true", help="also from tensors that are quantized already")
+    one.add_argument("--dry-run", action="store_true", help="only what would be written: every tensor's type, exact sizes")
+    _finish(one, _quantize)
+
+
+def _add_importance(commands) -> None:
+    one = commands.add_parser("importance", help="an importance matrix: which columns of a model's matrices a text needs most")
+    one.add_argument("model", metavar="FILE", help="GGUF (of a set the first), safetensors folder, or smollm2-135m")
+    one.add_argument("text", metavar="TEXT", nargs="?", help="a file of plain text (default: the one that comes along)")
+    one.add_argument("-o", "--out", required=True, metavar="TARGET", help="the file to write, llama.cpp's imatrix GGUF")
+    one.add_argument("-c", "--context", type=_tokens, default=512, help="tokens a chunk (512)")
+    one.add_argument("--chunks", type=_whole, help="only so many of them (default: all of the text)")
+    one.add_argument("--output", action="store_true", help="the output matrix, too")
+    one.add_argument("--add", action="append", default=[], metavar="FILE", help="an importance matrix to add to this one "
+                     "(again for several)")
+    one.add_argument("--device", help="cpu or cuda (default: a card where the model fits on one)")
+    one.add_argument("--dtype", help="of the activations: float32, bfloat16, float16 (default: what this device computes well)")
+    _finish(one, _importance)
 
 
 def _add_run(commands) -> None:
@@ -257,6 +290,50 @@ def _mix(a: argparse.Namespace, rest: list[str]) -> None:
         return
     for name, type in found.items():
         print(f"{type:8} {name}")
+
+
+def _quantize(a: argparse.Namespace, rest: list[str]) -> None:
+    from .requantizing import planned, quantize_gguf
+    if wrong := [text for text in a.type if "=" not in text]:
+        raise LabError(f"--type {wrong[0]!r:.80} is no PATTERN=TYPE, such as attn_v=Q6_K")
+    types: dict[str, str] = {}
+    for pattern, _, type in (text.rpartition("=") for text in a.type):
+        types.setdefault(pattern, type)
+    if a.dry_run:
+        plan = planned(a.source, a.quant, a.importance, types=types)
+    else:
+        plan = quantize_gguf(a.source, a.target, a.quant, a.importance, types=types, allow_requantize=a.allow_requantize,
+                             effort=a.effort, progress=_share if sys.stderr.isatty() else None)
+    if a.json:
+        _print_json(plan.to_dict())
+    else:
+        print(f"{plan.table}\n{plan.answer}" if a.dry_run else plan.answer)
+
+
+def _share(done: float, text: str) -> None:
+    print(f"\r\x1b[K{done:4.0%} {text[:70]}", end="\n" if done >= 1 else "", file=sys.stderr, flush=True)
+
+
+def _importance(a: argparse.Namespace, rest: list[str]) -> None:
+    folder = os.path.dirname(os.path.abspath(a.out))
+    if not os.access(folder, os.W_OK):                              # before the text is read, which takes minutes
+        raise LabError(f"{folder} is no folder that can be written to; give --out another one")
+    try:
+        text = None if a.text is None else Path(a.text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LabError(f"{a.text} cannot be read as text: {getattr(error, 'strerror', None) or error}") from None
+    from .loading import load
+    from .quality import Importance, importance, read_importance
+    others = [read_importance(path) for path in a.add]
+    found = importance(*load(a.model, a.device, a.dtype), text, a.context, False if a.json else None, chunks=a.chunks,
+                       output=a.output, dataset=a.text and os.path.basename(a.text))
+    found = Importance.merge([found, *others])
+    found.save(a.out)
+    if a.json:
+        _print_json({"path": a.out, "tensors": len(found), "chunks": found.chunks, "context": found.context,
+                     "unseen_experts": sum(found.unseen.values())})
+    else:
+        print(f"{a.out}: {found}")
 
 
 def _run(a: argparse.Namespace, rest: list[str]) -> int:

@@ -309,7 +309,7 @@ def _file_title(where: str, stored: str) -> str:
     return re.sub(rf"[-._]{re.escape(stored)}$", "", stem, flags=re.IGNORECASE) or stem
 
 
-_FILE_TYPES = {  # general.file_type, llama.h's llama_ftype
+FILE_TYPES = {  # general.file_type, llama.h's llama_ftype
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
     13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
     21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M",
@@ -320,8 +320,8 @@ _FILE_TYPES = {  # general.file_type, llama.h's llama_ftype
 def _stored(file: GGUFFile) -> str:
     """The quant a file says it is, else its commonest type by bytes."""
     said = file.metadata.get("general.file_type")
-    if isinstance(said, int) and said in _FILE_TYPES:
-        return _FILE_TYPES[said]
+    if isinstance(said, int) and said in FILE_TYPES:
+        return FILE_TYPES[said]
     by_type: dict[str, int] = {}
     for t in file.tensors.values():
         by_type[t.type] = by_type.get(t.type, 0) + t.bytes

@@ -60,9 +60,9 @@ def test_experts_stay_in_sixteen_bits():
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_torchs_default_dtype_changes_no_table(kind):
     from llmlab.formats import bnb
-    before, wanted = torch.get_default_dtype(), bnb._pairs(kind, torch.device("cpu"))
+    before, wanted = torch.get_default_dtype(), bnb.byte_pairs(kind, torch.device("cpu"))
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert torch.equal(bnb._pairs.__wrapped__(kind, torch.device("cpu")), wanted)
+        assert torch.equal(bnb.byte_pairs.__wrapped__(kind, torch.device("cpu")), wanted)
     finally:
         torch.set_default_dtype(before)

@@ -252,6 +252,21 @@ def test_quality_is_one_table():
             assert fits != ("disagree" in row["note"]), row
 
 
+def test_measured_quality_is_one_table():
+    rows, read = table("quality_smollm2_135m.csv"), catalog.measured_quality()
+    base = {round(float(row["perplexity"]) / float(row["ratio"]), 2) for row in rows}
+    assert max(base) - min(base) < 0.02 and len(rows) == len(read)       # one original, whatever was measured against it
+    assert {("Q8_0", False), ("Q4_K_M", False)} <= set(read)
+    stored = sum(int(row["bytes"]) * 8 / float(row["bits_per_weight"]) for row in rows) / len(rows)
+    for row, one in zip(rows, read.values(), strict=True):
+        assert int(row["bytes"]) * 8 / one.bits == pytest.approx(stored, rel=0.01)      # the same weights in each, and a header
+        assert 0 < one.error < one.mean_kld < one.p99_kld and one.loss == pytest.approx(float(row["ratio"]) - 1)
+        assert sum(int(part.split()[0]) for part in one.note.split(", ")) == 211, row      # matrices, by their types
+        if one.what.startswith("mix at "):
+            assert one.bytes <= read[one.what.removeprefix("mix at "), True].bytes * 1.001
+    assert read["Q8_0", False].mean_kld == min(one.mean_kld for one in read.values())
+
+
 def test_scores_name_models_by_id():
     rows = table("benchmark_scores.csv")
     assert len({row["model_id"] for row in rows} - set(catalog.entries())) == 19  # others' models, for comparison

@@ -25,8 +25,8 @@ ROOMS = (
     {"kernels"},
     {"runtime", "vocabulary"},
     {"offload"},
-    {"calibration", "loading", "starting", "probes"},
-    {"quality", "reconcile", "benching", "roofline", "advice", "endpoints", "server", "sweeps"},
+    {"calibration", "loading", "starting", "probes", "converting"},
+    {"quality", "lossless", "requantizing", "reconcile", "benching", "roofline", "advice", "endpoints", "server", "sweeps"},
     {"lab", "terminal", "cli", "__init__", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

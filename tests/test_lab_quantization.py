@@ -12,7 +12,7 @@ from llmlab.formats.looking import take_apart
 from llmlab.formats.toy import BITS, BLOCKS, SCALES, Toy
 from llmlab.kernels import linear, pack
 from llmlab.lab.quantization_boxes import quality_words
-from llmlab.lab.quantization_figures import errors_picture, quality_picture, values_picture
+from llmlab.lab.quantization_figures import errors_picture, quality_picture, rates_picture, values_picture
 from llmlab.lab.quantization_panel import QuantizationExplorer
 from llmlab.lab.quantization_state import QuantizationState
 from llmlab.lab.quantization_twin import TwinState
@@ -234,6 +234,19 @@ def test_published_quality_is_drawn_as_published(size, damage):
     assert matrix["y"][at] == pytest.approx(row.loss * 100 if damage == "loss" else row.mean_kld)
     assert matrix["x"][at] == pytest.approx(row.bits if size == "bits" else row.bytes / 2**30)
     assert "Q4_K_M 4.89 bits +2.8%" in quality_words()
+
+
+@pytest.mark.parametrize("damage", ["loss", "mean_kld"])
+def test_measured_quality_is_drawn_beside_the_published(damage):
+    plain, matrix, mixes, published = rates_picture(damage)["data"]
+    ours = [row for row in catalog.measured_quality().values() if getattr(row, damage) > 0]
+    assert len(plain["x"]) + len(matrix["x"]) + len(mixes["x"]) == len(ours)
+    assert len(published["x"]) == len(catalog.quality()) - 1        # f16 itself is no point
+    assert all(text.startswith("mix at ") for text in mixes["text"])
+    at = [text.partition("<br>")[0] for text in plain["customdata"]].index("Q4_K_M")
+    row = catalog.measured_quality()["Q4_K_M", False]
+    assert plain["x"][at] == row.bits and plain["text"][at] == "Q4_K_M"
+    assert plain["y"][at] == pytest.approx(row.loss * 100 if damage == "loss" else row.mean_kld)
 
 
 # ---- the panel ----------------------------------------------------------------------------------------------

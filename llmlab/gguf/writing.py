@@ -38,6 +38,21 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, Any],
         target = os.path.realpath(os.fsdecode(path))
     except (TypeError, ValueError):
         raise LabError(f"{show(str(path))} is not a path; give the path of the file to write") from None
+    header, plans, length, alignment = _laid_out(metadata, tensors, alignment)
+    _write_whole(target, _chunks(header, plans, alignment), len(header) + length)
+
+
+def gguf_bytes(metadata: Mapping[str, Any], tensors: Iterable[tuple[str, Sequence[int], str]],
+               alignment: int | None = None) -> int:
+    """How long the file is that `write_gguf` writes of the same, to the byte: `tensors` without their data. Raises as it does
+    for what cannot be written."""
+    header, _, length, _ = _laid_out(metadata, ((*tensor, b"") for tensor in tensors), alignment)
+    return len(header) + length
+
+
+def _laid_out(metadata: Mapping[str, Any], tensors: Iterable[tuple[str, Sequence[int], str, Data]],
+              alignment: int | None) -> tuple[bytes, list[tuple[TensorInfo, Data]], int, int]:
+    """The header, each tensor's place and data, bytes of all data, the alignment."""
     metadata = dict(metadata)
     told = metadata.pop("general.alignment", None)
     told = told[1] if isinstance(told, tuple) else told
@@ -60,7 +75,7 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, Any],
     pairs = [_encode_pair(key, value) for key, value in metadata.items()]
     header = MAGIC + struct.pack("<IQQ", _VERSION, len(plans), len(pairs)) + b"".join(pairs) + b"".join(infos)
     header += bytes(-len(header) % alignment if plans else 0)
-    _write_whole(target, _chunks(header, plans.values(), alignment), len(header) + length)
+    return header, list(plans.values()), length, alignment
 
 
 def _plan(name: str, shape: Sequence[int], kind: str, offset: int) -> TensorInfo:

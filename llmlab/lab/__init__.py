@@ -16,6 +16,7 @@ _RUNNING = {      # name -> module that needs torch
     "ChatPanel": "chat_panel", "ChatState": "chat_state", "CompileExplorer": "compile_panel", "CompileState": "compile_state",
     "QuantizationExplorer": "quantization_panel",
     "QuantizationState": "quantization_state", "TwinState": "quantization_twin", "quality_figure": "quantization_figures",
+    "rates_figure": "quantization_figures",
 }
 
 __all__ = ["Chart", "FitExplorer", "FitMapExplorer", "FitState", "LiveFigure", "MapState", "measured_figure", *_RUNNING]

@@ -1,14 +1,14 @@
-"""Figures of quantization: a block's weights before and after, the errors of a tensor, published quality against size."""
+"""Figures of quantization: a block's weights before and after, a tensor's errors, published and measured quality by size."""
 
 from math import ceil, log2
 
 import numpy as np
 import plotly.graph_objects as go
 
-from ..catalog import Quality, quality
-from ..units import GIB
+from ..catalog import Quality, measured_quality, quality
+from ..units import GIB, format_bytes
 from .quantization_state import Look
-from .style import BLUE, GREY, ORANGE, layout
+from .style import BLUE, GREEN, GREY, ORANGE, layout
 
 MOST_LEVELS = 64         # as lines in a chart; more would be a grey area
 SIZES = {"bits": "bits per weight", "bytes": "GiB of Llama 3 8B's file"}
@@ -71,14 +71,39 @@ def quality_picture(size: str = "bits", damage: str = "loss") -> dict:
     """{"data", "layout"} of quality_figure. Traces: without and with an importance matrix."""
     rows = [row for row in quality().values() if getattr(row, damage)]          # f16 itself has lost nothing: no logarithm
     return {
-        "data": [_points([row for row in rows if row.importance is with_matrix], size, damage, name, colour, symbol)
-                 for with_matrix, name, colour, symbol in ((False, "plain", BLUE, "circle"),
-                                                           (True, "with an importance matrix", ORANGE, "diamond"))],
-        "layout": layout(height=440, margin={"l": 12, "r": 16, "t": 40, "b": 44},
-                         xaxis={"title": {"text": SIZES[size], "font": {"size": 13}, "standoff": 4}, "rangemode": "normal"},
-                         yaxis={"type": "log", "automargin": True, "dtick": 1, "exponentformat": "none",
-                                "title": {"text": DAMAGES[damage], "font": {"size": 13}, "standoff": 4}}),
+        "data": [_points([row for row in rows if row.importance is with_matrix], size, damage, *looks) for with_matrix, *looks
+                 in ((False, "plain", BLUE, "circle"), (True, "with an importance matrix", ORANGE, "diamond"))],
+        "layout": _axes(size, damage),
     }
+
+
+def rates_figure(damage: str = "mean_kld") -> go.Figure:
+    """SmolLM2 135M as measured, quants and mixes by measurement, and Llama 3 8B as published: bits a weight along, damage
+    ("mean_kld", "loss") up, logarithmic. Two models on two texts: shapes compare, heights do not."""
+    return go.Figure(rates_picture(damage))
+
+
+def rates_picture(damage: str = "mean_kld") -> dict:
+    """{"data", "layout"} of rates_figure. Traces: SmolLM2's quants without and with an importance matrix, its mixes (with one),
+    Llama 3 8B."""
+    ours = [row for row in measured_quality().values() if getattr(row, damage) > 0]     # the rest have no logarithm
+    quants, mixes = ([row for row in ours if row.what.startswith("mix") is mixed] for mixed in (False, True))
+    published = [row for row in quality().values() if getattr(row, damage) and row.what != "F16"]
+    return {
+        "data": [_points([row for row in quants if not row.importance], "bits", damage, "SmolLM2 135M", BLUE, "circle"),
+                 _points([row for row in quants if row.importance], "bits", damage, "with an importance matrix", ORANGE,
+                         "diamond"),
+                 _points(mixes, "bits", damage, "mixes by measurement", GREEN, "star"),
+                 _points(published, "bits", damage, "Llama 3 8B, published", GREY, "circle-open")],
+        "layout": _axes("bits", damage),
+    }
+
+
+def _axes(size: str, damage: str) -> dict:
+    return layout(height=440, margin={"l": 12, "r": 16, "t": 40, "b": 44},
+                  xaxis={"title": {"text": SIZES[size], "font": {"size": 13}, "standoff": 4}, "rangemode": "normal"},
+                  yaxis={"type": "log", "automargin": True, "dtick": 1, "exponentformat": "none",
+                         "title": {"text": DAMAGES[damage], "font": {"size": 13}, "standoff": 4}})
 
 
 def _points(rows: list[Quality], size: str, damage: str, name: str, colour: str, symbol: str) -> dict:
@@ -86,9 +111,9 @@ def _points(rows: list[Quality], size: str, damage: str, name: str, colour: str,
     return {
         "type": "scatter", "mode": "markers+text", "name": name, "x": x,
         "y": np.array([getattr(row, damage) for row in rows]) * (100 if damage == "loss" else 1),
-        "text": [row.what if (row.what, row.importance) in _NAMED else "" for row in rows],
-        "textposition": "bottom left" if symbol == "diamond" else "top right",
+        "text": [row.what if symbol == "star" or (row.what, row.importance) in _NAMED else "" for row in rows],
+        "textposition": "top right" if symbol.startswith("circle") else "bottom left",
         "textfont": {"size": 11, "color": GREY}, "marker": {"color": colour, "symbol": symbol, "size": 8},
         "customdata": [f"{row.what}{', importance matrix' if row.importance else ''}<br>{row.bits:.2f} bits, "
-                       f"{row.bytes / GIB:.2f} GiB<br>perplexity {row.loss:+.2%}, KLD {row.mean_kld:.4g}" for row in rows],
+                       f"{format_bytes(row.bytes)}<br>perplexity {row.loss:+.2%}, KLD {row.mean_kld:.4g}" for row in rows],
         "hovertemplate": "%{customdata}<extra></extra>"}

@@ -1,14 +1,23 @@
 """What a model's answers are worth, measured as llama.cpp's `llama-perplexity` does: perplexity, and drift from a reference.
 
 `perplexity(model, tokenizer, text)` and `divergence(model, reference, tokens)` take any callable that returns `.logits`.
+`sensitivity(model, tokens, types)` says what each tensor's type costs, and `best_mix` which types cost least within a budget.
+`importance(model, tokenizer, text)` says which columns of a model's matrices matter, as llama.cpp's `llama-imatrix` does.
 """
 
+from .budgets import BestMix, best_mix
 from .corpus import Tokens, text, tokens_of
 from .drift import Divergence, divergence
+from .imatrix import Importance, read_importance
 from .likelihood import Perplexity, perplexity
+from .off_grid import unrounded
 from .references import Reference, read_reference, save_reference
 from .rounding import rounded_activations
+from .sensitivities import Sensitivity, read_sensitivity, sensitivity
 from .statistics import Estimate
+from .swapping import in_types
+from .weighing import importance
 
-__all__ = ["Divergence", "Estimate", "Perplexity", "Reference", "Tokens", "divergence", "perplexity", "read_reference",
-           "rounded_activations", "save_reference", "text", "tokens_of"]
+__all__ = ["BestMix", "Divergence", "Estimate", "Importance", "Perplexity", "Reference", "Sensitivity", "Tokens", "best_mix",
+           "divergence", "importance", "in_types", "perplexity", "read_importance", "read_reference", "read_sensitivity",
+           "rounded_activations", "save_reference", "sensitivity", "text", "tokens_of", "unrounded"]
