@@ -3,6 +3,6 @@
 Facts are those of the converter that comes with llama-cpp-python 0.3.36 (conversion/*.py, gguf-py/gguf/vocab.py).
 """
 
-from .checkpoint import Checkpoint
+from .folders import Checkpoint
 
 __all__ = ["Checkpoint"]
