@@ -90,11 +90,14 @@ def rates_picture(damage: str = "mean_kld") -> dict:
     quants, mixes = ([row for row in ours if row.what.startswith("mix") is mixed] for mixed in (False, True))
     published = [row for row in quality().values() if getattr(row, damage) and row.what != "F16"]
     return {
-        "data": [_points([row for row in quants if not row.importance], "bits", damage, "SmolLM2 135M", BLUE, "circle"),
+        "data": [_points([row for row in quants if not row.importance], "bits", damage, "SmolLM2 135M", BLUE, "circle",
+                         _NAMED - {("Q2_K", False)}),               # as large as Q3_K_S here, and the same
                  _points([row for row in quants if row.importance], "bits", damage, "with an importance matrix", ORANGE,
-                         "diamond"),
-                 _points(mixes, "bits", damage, "mixes by measurement", GREEN, "star"),
-                 _points(published, "bits", damage, "Llama 3 8B, published", GREY, "circle-open")],
+                         "diamond", set()),
+                 _points(mixes, "bits", damage, "mixes by measurement", GREEN, "star",
+                         {(row.what, True) for row in mixes}, "bottom center"),
+                 _points(published, "bits", damage, "Llama 3 8B, published", GREY, "circle-open",
+                         _NAMED - {("Q2_K", False), ("Q3_K_S", False), ("Q4_0", False)}, "bottom left")],
         "layout": _axes("bits", damage),
     }
 
@@ -106,13 +109,14 @@ def _axes(size: str, damage: str) -> dict:
                          "title": {"text": DAMAGES[damage], "font": {"size": 13}, "standoff": 4}})
 
 
-def _points(rows: list[Quality], size: str, damage: str, name: str, colour: str, symbol: str) -> dict:
+def _points(rows: list[Quality], size: str, damage: str, name: str, colour: str, symbol: str,
+            named: set[tuple[str, bool]] = _NAMED, position: str = "") -> dict:
     x = np.array([getattr(row, size) for row in rows]) / (GIB if size == "bytes" else 1)
     return {
         "type": "scatter", "mode": "markers+text", "name": name, "x": x,
         "y": np.array([getattr(row, damage) for row in rows]) * (100 if damage == "loss" else 1),
-        "text": [row.what if symbol == "star" or (row.what, row.importance) in _NAMED else "" for row in rows],
-        "textposition": "top right" if symbol.startswith("circle") else "bottom left",
+        "text": [row.what if (row.what, row.importance) in named else "" for row in rows],
+        "textposition": position or ("top right" if symbol == "circle" else "bottom left"),
         "textfont": {"size": 11, "color": GREY}, "marker": {"color": colour, "symbol": symbol, "size": 8},
         "customdata": [f"{row.what}{', importance matrix' if row.importance else ''}<br>{row.bits:.2f} bits, "
                        f"{format_bytes(row.bytes)}<br>perplexity {row.loss:+.2%}, KLD {row.mean_kld:.4g}" for row in rows],
