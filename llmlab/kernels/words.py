@@ -63,7 +63,7 @@ class Layout(NamedTuple):
         return RUN * self.lanes
 
     @property
-    def nibbles(self) -> int:
+    def scale_bits(self) -> int:
         """Bits of a small scale among "bytes": two tiles share a word."""
         return 16 // (self.halves * (1 + self.offset) if self.halves > 1 else 2)
 
@@ -180,7 +180,7 @@ def _scales(blocks: torch.Tensor, format: str, scale: torch.Tensor, offset: torc
         numbers.append(number[..., 0])
         small.append((of.view(len(of), many, -1) / number).nan_to_num_(0, 0, 0).round_().flatten(1))
     runs = torch.stack([_by_lane(part, cols, known) for part in small], 2)       # [n, tiles, scale and minimum, halves, lanes]
-    wide = known.nibbles
+    wide = known.scale_bits
     runs = runs.flatten(2, 3).to(torch.int32) & (1 << wide) - 1
     runs = runs.view(len(runs), -1, 2, runs.shape[2], known.lanes).flatten(2, 3) if runs.shape[2] * wide == 16 else \
         torch.nn.functional.pad(runs, (0, 0, 0, 1)).view(len(runs), -1, 4, known.lanes)
@@ -209,13 +209,11 @@ def arrange(x: torch.Tensor, known: Layout) -> tuple[torch.Tensor, torch.Tensor,
         per = RUN // bits
         for w in range(RUN):
             j = w % per
-            down.append(2.0 ** ((0 if known.table else base) - bits * j))
+            down.append(1.0 if known.table else 2.0 ** (base - bits * j))
             if j == per - 1 and not known.table:
                 lacking[w] += 2.0 ** (base + bits - 1)
         base += bits
     down, lacking = x.new_tensor(down).view(-1, RUN), x.new_tensor(lacking)
-    if known.table:
-        down = torch.ones_like(down)
     found = (x[:, :, None] * down).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
     groups = x.unflatten(2, (known.halves, known.group))
     return found, (groups * lacking.view(known.halves, -1)).sum(3).mT.contiguous(), groups.sum(3).mT.contiguous()
@@ -276,7 +274,7 @@ def _factors(by: Words) -> tuple[list[torch.Tensor], list[torch.Tensor], list[to
     if known.held == "halves":
         return [_half(word & 0xFFFF)], [_half(word >> 16)], []
     word = word[:, :, None].expand(-1, -1, 2, -1).flatten(1, 2)
-    tiles, wide = word.shape[1], known.nibbles
+    tiles, wide = word.shape[1], known.scale_bits
     second = torch.arange(tiles, dtype=torch.int32) % 2 * 16
     found = []
     for at in range(known.halves * (1 + known.offset)):

@@ -39,6 +39,10 @@ class Row(NamedTuple):
     type: str
     bytes: int
 
+    @property
+    def elements(self) -> int:
+        return Tensor(self.name, self.shape).elements
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,7 +67,7 @@ class Plan:
     @cached_property
     def bits_per_weight(self) -> float:
         """Unpadded bytes * 8 over the elements of all tensors."""
-        return 8 * sum(row.bytes for row in self.rows) / sum(map(_elements, self.rows))
+        return 8 * sum(row.bytes for row in self.rows) / sum(row.elements for row in self.rows)
 
     @property
     def table(self) -> Table:
@@ -80,7 +84,7 @@ class Plan:
     @property
     def answer(self) -> str:
         """In a sentence or two; every number is exact."""
-        before = sum(FORMATS[row.stored].bytes(_elements(row)) for row in self.rows)
+        before = sum(FORMATS[row.stored].bytes(row.elements) for row in self.rows)
         said = [f"{self.source} in {self.quant}: {format_bytes(before)} of tensors become {format_bytes(self.tensor_bytes)}, "
                 f"{self.bits_per_weight:.4f} bits per weight; the file has {self.file_bytes:,} bytes (exact)."]
         if self.unimportant:
@@ -144,10 +148,6 @@ def _narrow(row: Row) -> bool:
     if row.stored in NUMBERS:
         return False
     return row.stored != "Q8_0" or row.type in NUMBERS or FORMATS[row.type].bits > FORMATS["Q8_0"].bits
-
-
-def _elements(row: Row) -> int:
-    return Tensor(row.name, row.shape).elements
 
 
 def _shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ class _Told:
     """Tells how far it is, by weights."""
 
     def __init__(self, plan: Plan, progress: Callable[[float, str], object] | None):
-        self.progress, self.all, self.weights = progress, sum(_weights(row) for row in plan.rows), 0
+        self.progress, self.all, self.weights = progress, sum(row.elements for row in plan.rows), 0
 
     def __call__(self, row: Row, weights: int) -> None:
         self.weights += weights
@@ -88,24 +88,17 @@ class _Told:
             self.progress(self.weights / self.all, f"{row.name} {change}")
 
 
-def _weights(row: Row) -> int:
-    count = 1
-    for n in row.shape:
-        count *= n
-    return count
-
-
 def _tensor(source: Source, row: Row, matrix: Matrix | None, effort: str, told: _Told) -> Iterator[Any]:
     """The bytes of one tensor of the target, in pieces."""
     if row.type == row.stored:
         _check_stored(source, row)
         yield from source.stored(row.name)
-        told(row, _weights(row))
+        told(row, row.elements)
     else:
         cols, rows = row.shape[0], row.shape[1] if len(row.shape) > 1 else 1
         important = matrix and matrix.values.get(row.name)
         step = max(1, PIECE // cols)
-        for expert in range(_weights(row) // cols // rows):
+        for expert in range(row.elements // cols // rows):
             here = None if important is None else torch.from_numpy(important[expert])
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
@@ -128,7 +121,7 @@ def _check_stored(source: Source, row: Row) -> None:
     """Numbers that are copied are looked at too; blocks are as whoever made them made them."""
     if row.type not in NUMBERS:
         return
-    cols, rows = row.shape[0], _weights(row) // row.shape[0]
+    cols, rows = row.shape[0], row.elements // row.shape[0]
     step = max(1, PIECE // cols)
     for start in range(0, rows, step):
         _check_finite(source.numbers(row.name, start, min(start + step, rows)), row.name, source.shown, start)
