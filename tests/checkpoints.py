@@ -91,8 +91,6 @@ def _varint(value: int) -> bytes:
 _ENDS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CASES = runtime_models.CASES | {
     "mistral": runtime_models.Case("llama", "mistral", {"sliding_window": 4096, "head_dim": 64}),
-    "gemma": runtime_models.Case("gemma", "gemma", {"head_dim": 64, "tie_word_embeddings": True,
-                                                    "hidden_activation": "gelu_pytorch_tanh"}),
 }
 
 

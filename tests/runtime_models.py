@@ -53,6 +53,7 @@ CASES = {
                   {"rope.freq_base": 1e6}),
     "qwen3moe": Case("qwen3moe", "qwen3_moe", {**_MOE, "head_dim": 64, "norm_topk_prob": True},
                      {"expert_feed_forward_length": 256}),
+    "gemma": Case("gemma", "gemma", {"head_dim": 64, "tie_word_embeddings": True, "num_key_value_heads": 1}),
     "gemma2": Case("gemma2", "gemma2", {
         "head_dim": 64, "num_hidden_layers": 4, "sliding_window": 8, "query_pre_attn_scalar": 64, "tie_word_embeddings": True,
         "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -155,7 +156,7 @@ def _pieces(case: Case, config, name: str):
     if end not in ("weight", "bias"):
         return [(block + _NAMES[rest] + ".weight", *same)]
     if stem == "post_attention_layernorm":
-        stem = "post_attention_norm" if gemma or case.model_type == "gpt_oss" else "ffn_norm"
+        stem = "post_attention_norm" if case.model_type in ("gemma2", "gemma3_text", "gpt_oss") else "ffn_norm"
     else:
         stem = _NAMES[stem]
     if stem == "ffn_gate_inp_shexp":

@@ -20,8 +20,8 @@ from llmlab.errors import BadConfig, BadFile, LabError
 from llmlab.gguf import read_gguf
 from llmlab.vocabulary import tokenizer_of
 
-FAMILIES = ("llama", "llama3", "llama-biased", "llama-yarn", "mistral", "mixtral", "qwen2", "qwen3", "qwen2moe", "gemma2",
-            "gemma3")
+FAMILIES = ("llama", "llama3", "llama-biased", "llama-yarn", "mistral", "mixtral", "qwen2", "qwen3", "qwen2moe", "gemma",
+            "gemma2", "gemma3")
 
 
 @pytest.fixture(scope="module")

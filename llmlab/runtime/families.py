@@ -119,10 +119,10 @@ def _windows(keys: Keys, layers: int, period: int, window: int = 0) -> dict[str,
 
 
 def _gemma(keys: Keys, read: Read) -> dict[str, Any]:
-    """Gemma 2 and 3. The 27B models divide attention by their width per head, not by the length of a key (llama.cpp knows them
-    by their blocks, as nothing in the file says it)."""
+    """All of Gemma. The 27B models of 2 and 3 divide attention by their width per head, not by the length of a key (llama.cpp
+    knows them by their blocks, as nothing in the file says it)."""
     found = {**common(keys, read), **_rms(keys)}
-    largest = found["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[keys.architecture]
+    largest = found["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}.get(keys.architecture)
     found["query_pre_attn_scalar"] = found["hidden_size"] // found["num_attention_heads"] if largest else found["head_dim"]
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         found[name] = keys.real(name) if keys.has(name) else None
@@ -180,6 +180,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("qwen3", _qwen, _ATTENTION | _QK_NORM | _DENSE),
     "qwen2moe": Family("qwen2_moe", _qwen_moe, _ATTENTION | _MOE | _SHARED),
     "qwen3moe": Family("qwen3_moe", _qwen_moe, _ATTENTION | _QK_NORM | _MOE),
+    "gemma": Family("gemma", _gemma, _ATTENTION | _DENSE, norm_shift=1.0),
     "gemma2": Family("gemma2", _gemma2, _ATTENTION | _DENSE | _SANDWICH, norm_shift=1.0),
     "gemma3": Family("gemma3_text", _gemma3, _ATTENTION | _QK_NORM | _DENSE | _SANDWICH, norm_shift=1.0),
     "phi3": Family("phi3", _phi3, {"input_layernorm": "attn_norm", "self_attn.qkv_proj": "attn_qkv",
