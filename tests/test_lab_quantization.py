@@ -1,5 +1,7 @@
 """Toy formats, what rounding costs, and the quantization panel without a browser."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from llmlab.formats import FORMATS, dequantize
 from llmlab.formats.looking import take_apart
 from llmlab.formats.toy import BITS, BLOCKS, SCALES, Toy
 from llmlab.kernels import linear, pack
+from llmlab.lab import quantization_figures
 from llmlab.lab.quantization_boxes import quality_words
 from llmlab.lab.quantization_figures import errors_picture, quality_picture, rates_picture, values_picture
 from llmlab.lab.quantization_panel import QuantizationExplorer
@@ -238,15 +241,24 @@ def test_published_quality_is_drawn_as_published(size, damage):
 
 @pytest.mark.parametrize("damage", ["loss", "mean_kld"])
 def test_measured_quality_is_drawn_beside_the_published(damage):
-    plain, matrix, mixes, published = rates_picture(damage)["data"]
+    plain, matrix, mixes, longer, published = rates_picture(damage)["data"]
     ours = [row for row in catalog.measured_quality().values() if getattr(row, damage) > 0]
-    assert len(plain["x"]) + len(matrix["x"]) + len(mixes["x"]) == len(ours)
+    assert sum(len(trace["x"]) for trace in (plain, matrix, mixes, longer)) == len(ours)
     assert len(published["x"]) == len(catalog.quality()) - 1        # f16 itself is no point
     assert all(text.startswith("mix at ") for text in mixes["text"])
     at = [text.partition("<br>")[0] for text in plain["customdata"]].index("Q4_K_M")
     row = catalog.measured_quality()["Q4_K_M", False]
     assert plain["x"][at] == row.bits and plain["text"][at] == "Q4_K_M"
     assert plain["y"][at] == pytest.approx(row.loss * 100 if damage == "loss" else row.mean_kld)
+    assert all(" high" in text.partition("<br>")[0] for text in longer["customdata"])
+
+
+def test_a_chart_says_how_fast_where_that_was_measured(monkeypatch):
+    rows = catalog.measured_quality() | {("Q4_K_M", False): replace(catalog.measured_quality()["Q4_K_M", False],
+                                                                     tokens_per_second=81.6)}
+    monkeypatch.setattr(quantization_figures, "measured_quality", lambda: rows)
+    plain = rates_picture("mean_kld")["data"][0]["customdata"]
+    assert [text.endswith("<br>82 tokens/s") for text in plain if text.startswith("Q4_K_M<br>")] == [True]
 
 
 # ---- the panel ----------------------------------------------------------------------------------------------

@@ -223,14 +223,15 @@ def counted(name: str, weights: np.ndarray, importance: np.ndarray | None) -> np
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("name", OURS)
 def test_high_effort_lowers_the_error_in_the_same_bytes(name, weighed, tails):
-    """What the usual search counts by at least 1 %; without importances the plain squares too."""
+    """What the search counts by at least 1 %: in blocks of 32 squares times importances, which lowers the divergence further
+    than what the usual search counts, elsewhere just that; without importances the plain squares too."""
     weights = normal(12)
     if tails is not None:
         weights = (np.random.default_rng(3).standard_t(tails, weights.shape) * 0.02).astype(np.float32)
     importance = importances() if weighed else None
     usual, high = (formats.quantize(weights, name, importance, effort) for effort in ("normal", "high"))
     assert high.shape == usual.shape
-    count = counted(name, weights, importance)
+    count = importance if weighed and name[-2:] in ("_0", "_1") else counted(name, weights, importance)
     before, after = (((read(blocks, name) - weights.astype(np.float64)) ** 2) for blocks in (usual, high))
     assert (after * count).sum() < 0.99 * (before * count).sum()
     if not weighed:

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from ..catalog import Quality, measured_quality, quality
 from ..units import GIB, format_bytes
 from .quantization_state import Look
-from .style import BLUE, GREEN, GREY, ORANGE, layout
+from .style import BLUE, GREEN, GREY, ORANGE, RED, layout
 
 MOST_LEVELS = 64         # as lines in a chart; more would be a grey area
 SIZES = {"bits": "bits per weight", "bytes": "GiB of Llama 3 8B's file"}
@@ -78,16 +78,18 @@ def quality_picture(size: str = "bits", damage: str = "loss") -> dict:
 
 
 def rates_figure(damage: str = "mean_kld") -> go.Figure:
-    """SmolLM2 135M as measured, quants and mixes by measurement, and Llama 3 8B as published: bits a weight along, damage
-    ("mean_kld", "loss") up, logarithmic. Two models on two texts: shapes compare, heights do not."""
+    """SmolLM2 135M as measured, quants (also of a longer search) and mixes by measurement, and Llama 3 8B as published: bits a
+    weight along, damage ("mean_kld", "loss") up, logarithmic; hovering says how fast. Two models on two texts: shapes compare,
+    heights do not."""
     return go.Figure(rates_picture(damage))
 
 
 def rates_picture(damage: str = "mean_kld") -> dict:
     """{"data", "layout"} of rates_figure. Traces: SmolLM2's quants without and with an importance matrix, its mixes (with one),
-    Llama 3 8B."""
+    what a longer search makes of all these at the same bytes, Llama 3 8B."""
     ours = [row for row in measured_quality().values() if getattr(row, damage) > 0]     # the rest have no logarithm
-    quants, mixes = ([row for row in ours if row.what.startswith("mix") is mixed] for mixed in (False, True))
+    longer, usual = ([row for row in ours if row.what.endswith(" high") is high] for high in (True, False))
+    quants, mixes = ([row for row in usual if row.what.startswith("mix") is mixed] for mixed in (False, True))
     published = [row for row in quality().values() if getattr(row, damage) and row.what != "F16"]
     return {
         "data": [_points([row for row in quants if not row.importance], "bits", damage, "SmolLM2 135M", BLUE, "circle",
@@ -96,6 +98,7 @@ def rates_picture(damage: str = "mean_kld") -> dict:
                          "diamond", set()),
                  _points(mixes, "bits", damage, "mixes by measurement", GREEN, "star",
                          {(row.what, True) for row in mixes}, "bottom center"),
+                 _points(longer, "bits", damage, "longer search", RED, "triangle-down", set()),
                  _points(published, "bits", damage, "Llama 3 8B, published", GREY, "circle-open",
                          _NAMED - {("Q2_K", False), ("Q3_K_S", False), ("Q4_0", False)}, "bottom left")],
         "layout": _axes("bits", damage),
@@ -119,5 +122,6 @@ def _points(rows: list[Quality], size: str, damage: str, name: str, colour: str,
         "textposition": position or ("top right" if symbol == "circle" else "bottom left"),
         "textfont": {"size": 11, "color": GREY}, "marker": {"color": colour, "symbol": symbol, "size": 8},
         "customdata": [f"{row.what}{', importance matrix' if row.importance else ''}<br>{row.bits:.2f} bits, "
-                       f"{format_bytes(row.bytes)}<br>perplexity {row.loss:+.2%}, KLD {row.mean_kld:.4g}" for row in rows],
+                       f"{format_bytes(row.bytes)}<br>perplexity {row.loss:+.2%}, KLD {row.mean_kld:.4g}"
+                       + (f"<br>{row.tokens_per_second:.0f} tokens/s" if row.tokens_per_second else "") for row in rows],
         "hovertemplate": "%{customdata}<extra></extra>"}

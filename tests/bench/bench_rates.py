@@ -1,8 +1,12 @@
 """Rate and distortion of the real model: every quant, with and without an importance matrix, and mixes by measurement.
 
     python tests/bench/bench_rates.py [--csv FILE] [--folder FOLDER] [--plain QUANTS] [--important QUANTS] [--mixes QUANTS]
+                                      [--high-plain QUANTS] [--high QUANTS] [--high-mixes QUANTS]
+    python tests/bench/bench_rates.py --speeds --folder FOLDER
 
 Makes data/quality_smollm2_135m.csv, a row as soon as it is measured; rows that are there already are not measured again.
+"Q4_K_M high" is Q4_K_M of the longer search, effort="high": the same types, as many bytes. `--speeds` measures nothing but how
+fast each row's types write a token, on a machine that should be idle, and fills in two columns.
 SmolLM2 can be had only quantized, so the original is `quality.unrounded` of it in F16. The text that llmlab ships is cut in
 three, so that nothing is measured on what it was chosen by: its first 512 tokens say what each tensor's type costs (for the
 mixes), the next two chunks of 512 are what is measured on, and the importance matrix is of eight chunks after those. A mix
@@ -13,11 +17,16 @@ import argparse
 import csv
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from datetime import date
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
+import psutil
 import pytest
 
 TOP = Path(__file__).resolve().parents[2]
@@ -25,10 +34,11 @@ if str(TOP) not in sys.path:
     sys.path.insert(0, str(TOP))
 
 import llmlab  # noqa: E402
-from llmlab import quality  # noqa: E402
+from llmlab import hardware, quality  # noqa: E402
+from llmlab.benching.children import Child  # noqa: E402
 from llmlab.quality.corpus import Tokens  # noqa: E402
 from llmlab.quality.swapping import blocks_in, matrices, packed_in, swapped  # noqa: E402
-from llmlab.requantizing import planned  # noqa: E402
+from llmlab.requantizing import Plan, planned  # noqa: E402
 
 pytestmark = pytest.mark.bench
 
@@ -36,9 +46,13 @@ CONTEXT, CHUNKS, TOLD, CALIBRATED = 512, 2, 512, 8
 PLAIN = "Q8_0 Q4_K_M Q4_0 IQ4_XS Q3_K_S IQ3_S Q5_K_M Q4_K_S Q3_K_M Q6_K Q3_K_L Q2_K"
 IMPORTANT = "Q4_K_M IQ4_XS Q4_0 Q3_K_S IQ3_S Q4_K_S Q3_K_M Q5_K_M Q3_K_L Q2_K"
 MIXES = "Q4_K_M Q3_K_M Q3_K_S"
+HIGH_PLAIN = "Q4_0 Q4_K_M IQ4_XS"
+HIGH = "Q4_K_M Q4_0 IQ4_XS Q3_K_S Q3_K_M Q5_K_M Q6_K Q8_0 IQ3_S"
+HIGH_MIXES = "Q4_K_M Q3_K_M Q3_K_S"
 TYPES = ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ3_S")
 COLUMNS = ("quant", "imatrix", "bytes", "bits_per_weight", "perplexity", "ratio", "ratio_error", "mean_kld", "mean_kld_error",
-           "p99_kld", "rms_delta_p_percent", "same_top_percent", "source", "note")
+           "p99_kld", "rms_delta_p_percent", "same_top_percent", "source", "note", "tokens_per_second", "timed")
+ROUNDS, BEFORE, WRITTEN = 5, 8, 64      # of timing; tokens read first; tokens written a round
 
 
 class Lab:
@@ -59,6 +73,7 @@ class Lab:
     def _part(self, start: int, count: int) -> Tokens:
         return Tokens(self.tokens.ids[start:start + count], self.tokens.bos)
 
+    @cached_property
     def importance(self) -> quality.Importance:
         kept = self.folder / "importance.gguf"
         if not kept.exists():
@@ -66,9 +81,20 @@ class Lab:
                                chunks=CALIBRATED, dataset="alice.txt").save(kept)
         return quality.read_importance(kept)
 
-    def costs(self, importance: Mapping) -> quality.Sensitivity:
-        return quality.sensitivity(self.model, self._part(0, TOLD), TYPES, importance=importance, context=256, chunks=2,
+    @cached_property
+    def costs(self) -> quality.Sensitivity:
+        return quality.sensitivity(self.model, self._part(0, TOLD), TYPES, importance=self.importance, context=256, chunks=2,
                                    cache=self.folder / "costs.json", progress=False)
+
+    def plan(self, name: str, weighed: bool) -> Plan:
+        """What a row of that name is made of."""
+        quant, importance = name.removeprefix("mix at ").removesuffix(" high"), self.importance if weighed else None
+        theirs = planned(self.path, quant, importance)
+        if not name.startswith("mix at "):
+            return theirs
+        types = {row.name: row.type for row in theirs.rows}
+        best = quality.best_mix(self.costs, self.costs.bytes({name: types[name] for name in self.costs.elements}))
+        return planned(self.path, quant, importance, types=best.types)
 
     def measured(self, types: Mapping[str, str], made: Callable) -> quality.Divergence:
         with ExitStack() as stack:
@@ -78,21 +104,21 @@ class Lab:
             return quality.divergence(self.model, self.reference, progress=False)
 
 
-def maker(lab: Lab, importance: Mapping | None) -> Callable:
+def maker(lab: Lab, importance: Mapping | None, effort: str) -> Callable:
     """(tensor, type) -> packed; quants share many, and each is made once."""
     kept = {}
 
     def made(name: str, type: str):
         if (name, type) not in kept:
             matrix = lab.found[name]
-            kept[name, type] = packed_in(matrix, type, blocks_in(matrix, type, importance))
+            kept[name, type] = packed_in(matrix, type, blocks_in(matrix, type, importance, effort))
         return kept[name, type]
 
     return made
 
 
-def row_of(name: str, important: bool, plan, found: quality.Divergence) -> dict:
-    """A row of the table; sizes exact, the rest measured."""
+def row_of(name: str, important: bool, plan: Plan, found: quality.Divergence) -> dict:
+    """A row of the table; sizes exact, the rest measured; how fast it is comes later."""
     counts = Counter(row.type for row in plan.rows if row.type != "F32")
     return dict(zip(COLUMNS, (
         name, f"{CALIBRATED} chunks" if important else "None", plan.file_bytes, f"{plan.bits_per_weight:.4f}",
@@ -100,60 +126,105 @@ def row_of(name: str, important: bool, plan, found: quality.Divergence) -> dict:
         f"{found.mean_kld.error:.6f}", f"{found.p99_kld:.5f}", f"{100 * found.rms_dp.value:.3f}",
         f"{100 * found.top1.value:.2f}",
         f"tests/bench/bench_rates.py, alice.txt, {found.tokens} tokens in {found.chunks} chunks of {found.context}",
-        ", ".join(f"{count} {type}" for type, count in counts.most_common())), strict=True))
+        ", ".join(f"{count} {type}" for type, count in counts.most_common()), "", ""), strict=True))
 
 
-def measure(lab: Lab, target: Path, plain: list[str], important: list[str], mixes: list[str]) -> list[dict]:
-    """Every row asked for that the file lacks, written as it is found; quants of the very same types are measured once."""
-    rows, known = (list(csv.DictReader(target.open())) if target.exists() else []), {}
+def read(target: Path) -> list[dict]:
+    return list(csv.DictReader(target.open())) if target.exists() else []
+
+
+def write(target: Path, rows: list[dict]) -> None:
+    with target.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def measure(lab: Lab, target: Path, asked: Iterable[tuple[str, bool]]) -> list[dict]:
+    """Every row asked for, (name, whether with the importance matrix), that the file lacks, written as it is found; quants of
+    the very same types are measured once."""
+    rows, known = read(target), {}
     done = {(row["quant"], row["imatrix"] != "None") for row in rows}
+    missing = [row for row in asked if row not in done]
+    for (weighed, high), names in groupby(missing, lambda row: (row[1], row[0].endswith(" high"))):
+        made = maker(lab, lab.importance if weighed else None, "high" if high else "normal")
+        for name, _ in names:
+            plan = lab.plan(name, weighed)
+            types = {row.name: row.type for row in plan.rows}
+            key = weighed, high, tuple(types.items())
+            if key not in known:
+                known[key] = lab.measured(types, made)
+            rows.append(row_of(name, weighed, plan, known[key]))
+            write(target, rows)
+            bits = rows[-1]["bits_per_weight"]
+            print(f"{name:<18} {'importance' if weighed else '':<11} {bits} bits  {known[key]}", flush=True)
+    return rows
 
-    def one(name: str, plan, made: Callable, weighed: bool) -> None:
-        if (name, weighed) in done:
-            return
-        types = {row.name: row.type for row in plan.rows}
-        key = weighed, tuple(types.items())
-        if key not in known:
-            known[key] = lab.measured(types, made)
-        rows.append(row_of(name, weighed, plan, known[key]))
-        new = not target.exists()
-        with target.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(rows[-1])
-        print(f"{name:<16} {'importance' if weighed else '':<11} {rows[-1]['bits_per_weight']} bits  {known[key]}", flush=True)
 
-    made = maker(lab, None)
-    for quant in plain:
-        one(quant, planned(lab.path, quant), made, False)
-    if important or mixes:
-        weighed = lab.importance()
-        made = maker(lab, weighed)
-        for quant in important:
-            one(quant, planned(lab.path, quant, weighed), made, True)
-    if mixes:
-        costs = lab.costs(weighed)
-        for quant in mixes:
-            theirs = {row.name: row.type for row in planned(lab.path, quant, weighed).rows}
-            best = quality.best_mix(costs, costs.bytes({name: theirs[name] for name in costs.elements}))
-            one(f"mix at {quant}", planned(lab.path, quant, weighed, types=best.types), made, True)
+def speeds(lab: Lab, target: Path) -> list[dict]:
+    """Fills in how many tokens a second the lean decoder writes of each row's file, uncompiled, one at a time.
+
+    A file of each set of types is made (without importances: they cost no time later), each gets a process of its own, and all
+    take turns; what counts is the fastest round. Rows that no run of this machine could tell apart have the same number.
+    """
+    began, rows, alike, took = time.perf_counter(), read(target), {}, {}
+    for row in rows:
+        plan = lab.plan(row["quant"], row["imatrix"] != "None")
+        types = {row.name: row.type for row in plan.rows if row.type != "F32"}
+        alike.setdefault(tuple(sorted(types.items(), key=lambda item: -len(item[0]))), []).append(row)
+    cpu = hardware.machine().cpu
+    threads = max(1, min(cpu.cores or cpu.usable, cpu.usable))
+    tokens = [8 + i * 7919 % 49000 for i in range(BEFORE + WRITTEN)]
+    with tempfile.TemporaryDirectory(dir=lab.folder) as folder, ExitStack() as stack:
+        children = {}
+        for at, types in enumerate(alike):
+            path = Path(folder) / f"{at}.gguf"
+            llmlab.quantize_gguf(lab.path, path, "Q8_0", types=dict(types))
+            children[types] = child = Child(path.name, "lean", threads)
+            stack.callback(child.close)
+            child.ask("open", job={"path": str(path), "threads": threads, "born": time.time(), "context": len(tokens),
+                                   "name": "auto", "way": "decoder", "strategy": "auto", "dtype": None})
+            child.ask("write", tokens=tokens[:BEFORE], after=tokens[:BEFORE])
+            print(f"{time.perf_counter() - began:4.0f} s  {', '.join(row['quant'] for row in alike[types])}", flush=True)
+        load = psutil.getloadavg()[0]
+        for _ in range(ROUNDS):
+            for types, child in children.items():
+                seconds = child.ask("write", tokens=tokens[BEFORE:], after=tokens[:BEFORE])["seconds"]
+                took[types] = min(seconds, took.get(types, seconds))
+    timed = f"{cpu.name}, {threads} threads, {date.today()}"
+    for types, named in alike.items():
+        for row in named:
+            row |= {"tokens_per_second": f"{WRITTEN / took[types]:.1f}", "timed": timed}
+            print(f"{row['quant']:<18} {row['imatrix']:<9} {row['tokens_per_second']} tokens/s")
+    write(target, rows)
+    print(f"{timed}; load {load:.1f} before; {time.perf_counter() - began:.0f} s in all")
     return rows
 
 
 def test_rates_of_two(tmp_path):
-    rows = measure(Lab(tmp_path), tmp_path / "rates.csv", ["Q8_0", "Q4_0"], [], [])
-    low, high = (float(row["mean_kld"]) for row in rows)
-    assert 0 < low < high
+    lab, target = Lab(tmp_path), tmp_path / "rates.csv"
+    rows = measure(lab, target, [("Q8_0", False), ("Q4_0", False), ("Q4_0 high", False)])
+    low, high, longer = (float(row["mean_kld"]) for row in rows)
+    assert 0 < low < longer < high
+    rows = speeds(lab, target)
+    assert all(float(row["tokens_per_second"]) > 0 for row in rows) and rows == read(target)
+    assert rows[1]["tokens_per_second"] == rows[2]["tokens_per_second"]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, default=TOP / "data" / "quality_smollm2_135m.csv")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--plain", default=PLAIN)
-    parser.add_argument("--important", default=IMPORTANT)
-    parser.add_argument("--mixes", default=MIXES)
+    for option, usual in (("plain", PLAIN), ("important", IMPORTANT), ("mixes", MIXES), ("high-plain", HIGH_PLAIN),
+                          ("high", HIGH), ("high-mixes", HIGH_MIXES)):
+        parser.add_argument(f"--{option}", default=usual)
+    parser.add_argument("--speeds", action="store_true")
     given = parser.parse_args()
+    asked = [(quant, False) for quant in given.plain.split()] + [(quant, True) for quant in given.important.split()]
+    asked += [(f"mix at {quant}", True) for quant in given.mixes.split()]
+    asked += [(f"{quant} high", False) for quant in given.high_plain.split()]
+    asked += [(f"{quant} high", True) for quant in given.high.split()]
+    asked += [(f"mix at {quant} high", True) for quant in given.high_mixes.split()]
     with tempfile.TemporaryDirectory() as own:
-        measure(Lab(given.folder or Path(own)), given.csv, given.plain.split(), given.important.split(), given.mixes.split())
+        lab = Lab(given.folder or Path(own))
+        speeds(lab, given.csv) if given.speeds else measure(lab, given.csv, asked)

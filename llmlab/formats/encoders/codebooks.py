@@ -272,12 +272,6 @@ def in_bits(scale: torch.Tensor, fudge: float, most: int = 31) -> tuple[torch.Te
     return torch.where(d > 0, bits, 0), d * fudge
 
 
-def as_bytes(numbers: torch.Tensor) -> torch.Tensor:
-    """Rows [n, k] of numbers as their bytes."""
-    import torch
-    return numbers.contiguous().view(torch.uint8)
-
-
 def nibbles(four: torch.Tensor) -> torch.Tensor:
     """4-bit numbers int32 [2 k, n] -> bytes [n, k], of each two the first one low."""
     import torch

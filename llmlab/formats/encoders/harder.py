@@ -3,7 +3,8 @@
 Three moves, each kept only where the error, with every number as it will be stored, falls: scale and minimum solved by least
 squares with the codes fixed, and the codes rounded anew, in turn (alternating least squares); many more starting scales, of
 either sign; in K types each run's whole-number scale and minimum moved by one together, and the super-block's two float16
-numbers solved for all its runs at once. What an error counts is the caller's weight, so it means what the usual search means.
+numbers solved for all its runs at once. What an error counts is the caller's weight: in K types what the usual search counts,
+in blocks of 32 what `levels.counted` says.
 
 Numbers are [n, ...] as elsewhere here: weight = scale * code - minimum, low <= code <= top. Sums are made in order, so that a
 run's numbers depend on nothing beside it.

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import encodes
 from .closest import Chosen, better_of, chosen, closest, longer, scales, values
-from .codebooks import Runs, as_bytes, columns, in_bits, in_parts, nearest_points, nibbles, places, weighing
+from .codebooks import Runs, columns, in_bits, in_parts, nearest_points, nibbles, places, weighing
 from .iq2 import needed
+from .joining import joined
 from .searching import f32, half, in_order
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _packed_s(d: torch.Tensor, bits: torch.Tensor, code: torch.Tensor, minus: to
     word = code[0] >> 8 | code[1] >> 8 << 3 | code[2] >> 8 << 6 | code[3] >> 8 << 9
     word |= bits << 12 | minus.view(8, n).int() << 15
     low = (code & 255).permute(2, 1, 0).reshape(n, 32).to(torch.uint8)
-    return torch.cat((as_bytes(d[:, None]), low, as_bytes(word.t().to(torch.int16))), 1)
+    return joined(d, low, word.t().to(torch.int16))
 
 
 def _m(x: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ def _packed_m(d: torch.Tensor, bits: torch.Tensor, code: torch.Tensor, minus: to
     sixteen = bits[0::4] | bits[1::4] << 3 | bits[2::4] << 6 | bits[3::4] << 9
     sixteen |= torch.stack([scale << 12, scale << 8, scale << 4, scale]) & 0xF000
     low = (code & 255).permute(2, 1, 0).reshape(n, 32).to(torch.uint8)
-    return torch.cat((low, nibbles(four.transpose(0, 1).reshape(32, n)), as_bytes(sixteen.t().to(torch.int16))), 1)
+    return joined(low, nibbles(four.transpose(0, 1).reshape(32, n)), sixteen.t().to(torch.int16))
 
 
 class _Found(NamedTuple):

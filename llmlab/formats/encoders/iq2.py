@@ -11,7 +11,6 @@ from .codebooks import (
     Places,
     Runs,
     again,
-    as_bytes,
     columns,
     evened,
     fit,
@@ -23,6 +22,7 @@ from .codebooks import (
     tries,
     weighing,
 )
+from .joining import joined
 from .searching import NOTHING, f32, half, in_order, number, over, root_
 
 if TYPE_CHECKING:
@@ -81,10 +81,10 @@ def _longer_xxs(x: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
 def _packed_xxs(d: torch.Tensor, four: torch.Tensor, code: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """Superblocks [n, 66] of scales float16 [n] and 4 bits a block [8, n], points and signs [4, blocks]."""
     import torch
-    n, code, bits = len(d), code.view(4, 8, -1), bits.int().view(4, 8, -1)
+    code, bits = code.view(4, 8, -1), bits.int().view(4, 8, -1)
     words = torch.stack((code[0] | code[1] << 8 | code[2] << 16 | code[3] << 24,
                          bits[0] | bits[1] << 7 | bits[2] << 14 | bits[3] << 21 | four << 28), 1)
-    return torch.cat((as_bytes(d[:, None]), as_bytes(words.permute(2, 0, 1).reshape(n, 16))), 1)
+    return joined(d, words.permute(2, 0, 1))
 
 
 def _xs(x: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def _packed_xs(d: torch.Tensor, four: torch.Tensor, code: torch.Tensor, bits: to
     import torch
     n = len(d)
     words = (code | (bits & 127).int() << 9).view(2, 16, n).permute(2, 1, 0).reshape(n, 32).to(torch.int16)
-    return torch.cat((as_bytes(d[:, None]), as_bytes(words), nibbles(four)), 1)
+    return joined(d, words, nibbles(four))
 
 
 def _s(x: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ def _packed_s(d: torch.Tensor, four: torch.Tensor, code: torch.Tensor, bits: tor
     code, bits = (of.view(2, 16, n).permute(2, 1, 0).reshape(n, 32) for of in (code, bits))
     high = (code >> 8).view(n, 8, 4)
     high = high[..., 0] | high[..., 1] << 2 | high[..., 2] << 4 | high[..., 3] << 6
-    return torch.cat((as_bytes(d[:, None]), (code & 255).to(torch.uint8), bits, high.to(torch.uint8), nibbles(four)), 1)
+    return joined(d, (code & 255).to(torch.uint8), bits, high.to(torch.uint8), nibbles(four))
 
 
 def _sixteens(known: Places, size: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor,

@@ -9,7 +9,6 @@ from .closest import at_signed, better_of, longer, mattering, scales, signed, va
 from .codebooks import (
     Runs,
     again,
-    as_bytes,
     columns,
     evened,
     fit,
@@ -21,6 +20,7 @@ from .codebooks import (
     tries,
     weighing,
 )
+from .joining import joined
 from .searching import f32, half, number, root_
 
 if TYPE_CHECKING:
@@ -72,10 +72,9 @@ def _longer_xxs(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tenso
 def _packed_xxs(d: torch.Tensor, four: torch.Tensor, code: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """Superblocks [n, 98] of scales float16 [n] and 4 bits a block [8, n], points [8, blocks], signs [4, blocks]."""
     import torch
-    n, code, bits = len(d), code.view(8, 8, -1), bits.view(4, 8, -1).int()      # runs, blocks, superblocks
+    code, bits = code.view(8, 8, -1), bits.view(4, 8, -1).int()      # runs, blocks, superblocks
     words = bits[0] | bits[1] << 7 | bits[2] << 14 | bits[3] << 21 | four << 28
-    return torch.cat((as_bytes(d[:, None]), code.permute(2, 1, 0).reshape(n, 64).to(torch.uint8),
-                      as_bytes(words.t())), 1)
+    return joined(d, code.permute(2, 1, 0).to(torch.uint8), words.t())
 
 
 def _s(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
@@ -106,9 +105,9 @@ def _packed_s(d: torch.Tensor, four: torch.Tensor, code: torch.Tensor, bits: tor
     (ggml writes the points and signs behind a block of zeros in that block's stead, and leaves out the last.)
     """
     import torch
-    n, code = len(d), code.view(8, 8, -1)
+    code = code.view(8, 8, -1)
     high = torch.zeros_like(four)
     for i in range(8):
         high |= code[i] >> 8 << i
-    return torch.cat((as_bytes(d[:, None]), (code & 255).permute(2, 1, 0).reshape(n, 64).to(torch.uint8),
-                      high.t().to(torch.uint8), bits.view(4, 8, n).permute(2, 1, 0).reshape(n, 32), nibbles(four)), 1)
+    return joined(d, (code & 255).permute(2, 1, 0).to(torch.uint8), high.t().to(torch.uint8),
+                  bits.view(4, 8, -1).permute(2, 1, 0), nibbles(four))

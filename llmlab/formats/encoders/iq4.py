@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from ..iq4 import LEVELS
 from . import encodes
-from .levels import Levels, both_sides, counted, inverse_of, largest
-from .searching import NOTHING, half, in_order, number, over, root_
+from .joining import joined
+from .levels import Levels, both_sides, counted, inverse_of
+from .searching import NOTHING, half, in_order, largest, number, over, root_
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ def _iq4_nl(x: torch.Tensor, importance: torch.Tensor | None, effort: str) -> to
     if effort == "high":
         weights = counted(groups, importance)
         scale = _better(groups, weights, half(scale).float(), half(TABLE.best_scales(groups, weights, scale)).float())
-    return _joined([_bytes(half(scale[0])), _nibbles(TABLE.codes(groups, inverse_of(scale)))], x)
+    return joined(half(scale[0]), _nibbles(TABLE.codes(groups, inverse_of(scale)))).view(len(x), -1)
 
 
 @encodes("IQ4_XS")
@@ -47,7 +48,7 @@ def _iq4_xs(x: torch.Tensor, importance: torch.Tensor | None, effort: str) -> to
         scale, steps = _best_steps(groups, weights, TABLE.best_scales(groups, weights, scales), stored.float(), steps)
         stored = half(scale)
     codes = TABLE.codes(groups, inverse_of(steps * scale))
-    return _joined([_bytes(stored), *_sixes(steps), _nibbles(codes)], x)
+    return joined(stored, *_sixes(steps), _nibbles(codes)).view(len(x), -1)
 
 
 def _laid(x: torch.Tensor, importance: torch.Tensor | None, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +66,7 @@ def _laid(x: torch.Tensor, importance: torch.Tensor | None, groups: int) -> tupl
 def _scales(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The scale that llama.cpp's search finds for each group: [groups, blocks], 0 where all is nothing."""
     import torch
-    far = largest(x)
+    far = largest(x.flatten(1)).view(x.shape[1:])
     some = far.abs() >= NOTHING
     far = torch.where(some, far, 1)
     with_x, squares = TABLE.sums(x, weights, over(1, far / number(-LEVELS[0], x.device)))
@@ -122,16 +123,6 @@ def _best_steps(x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, sc
 
 
 # ---- bytes ------------------------------------------------------------------------------------------------
-
-def _joined(parts: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    import torch
-    return torch.cat(parts, 1).view(len(x), -1)
-
-
-def _bytes(numbers: torch.Tensor) -> torch.Tensor:
-    import torch
-    return numbers.view(-1, 1).view(torch.uint8)
-
 
 def _nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Codes [32, groups, blocks] -> [blocks, groups * 16]: the first 16 of a group in the low halves."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from . import encodes, harder
 from .harder import Levels
+from .joining import joined
 from .searching import (
     NOTHING,
     Affine,
@@ -69,11 +70,6 @@ def _together(codes: torch.Tensor, bits: int, run: int) -> torch.Tensor:
     for plane in range(1, count):
         out = out | eights[:, :, plane] << bits * plane
     return out.contiguous().view(torch.uint8).view(len(codes), -1)
-
-
-def _joined(parts: list[torch.Tensor], rows: int) -> torch.Tensor:
-    import torch
-    return torch.cat([part.contiguous().view(torch.uint8).view(len(part), -1) for part in parts], 1).view(rows, -1)
 
 
 def _six_bits(scales: torch.Tensor, minima: torch.Tensor) -> torch.Tensor:
@@ -140,11 +136,11 @@ def _affine(x: torch.Tensor, importance: torch.Tensor | None, effort: str, bits:
     scale, minimum = stored.float().unbind(1)
     codes = _flat(_nearest(runs, found, scale * scales, minimum * minima, top))
     if bits == 2:
-        return _joined([(scales + 16 * minima).to(torch.uint8).t(), _together(codes, 2, 32), stored], len(x))
+        return joined((scales + 16 * minima).to(torch.uint8).t(), _together(codes, 2, 32), stored).view(len(x), -1)
     head = [stored, _six_bits(scales, minima)]
     if bits == 5:
-        return _joined([*head, _together(codes >> 4, 1, 32), _together(codes, 4, 32)], len(x))
-    return _joined([*head, _together(codes, 4, 32)], len(x))
+        return joined(*head, _together(codes >> 4, 1, 32), _together(codes, 4, 32)).view(len(x), -1)
+    return joined(*head, _together(codes, 4, 32)).view(len(x), -1)
 
 
 def _evenly(runs: torch.Tensor) -> torch.Tensor:
@@ -200,7 +196,7 @@ def _q6_k(x: torch.Tensor, importance: torch.Tensor | None, effort: str) -> torc
     scale = stored.float() * scales
     codes = (runs / scale).round_().clamp_(-32, 31).add_(32).view(16, -1)
     codes = _flat(_left(codes, runs, found, scale, 32).mul_(some))
-    return _joined([_together(codes, 4, 64), _together(codes >> 4, 2, 32), scales.to(torch.int8).t(), stored[:, None]], len(x))
+    return joined(_together(codes, 4, 64), _together(codes >> 4, 2, 32), scales.to(torch.int8).t(), stored).view(len(x), -1)
 
 
 @encodes("Q3_K")
@@ -232,5 +228,5 @@ def _q3_k(x: torch.Tensor, importance: torch.Tensor | None, effort: str) -> torc
     scale = stored.float() * scales
     codes = (runs / scale).round_().clamp_(-4, 3).add_(4).view(16, -1)
     codes = _flat(torch.where(scale.view(-1) == 0, left, codes).view(runs.shape))
-    return _joined([_together(codes >> 2, 1, 32), _together(codes, 2, 32), _sixteen_of_six_bits(scales + 32), stored[:, None]],
-                   len(x))
+    return joined(_together(codes >> 2, 1, 32), _together(codes, 2, 32), _sixteen_of_six_bits(scales + 32),
+                  stored).view(len(x), -1)

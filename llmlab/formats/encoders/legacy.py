@@ -2,6 +2,7 @@
 
 Without importances scales follow from a block's ends; with them each block's scale is searched for, its weights' errors
 weighed by importance x sqrt(mean square of the row + weight^2). Algorithms: ggml's ggml-quants.c (quantize_row_q*_ref, _impl).
+A longer search weighs by importance alone, or not at all.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from . import encodes, harder
 from .harder import Levels
-from .searching import TooLarge, affine, half, largest, number, over, root_, running_total, symmetric
+from .joining import joined
+from .levels import counted, inverse_of
+from .searching import TooLarge, affine, half, largest, number, root_, running_total, symmetric
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +38,6 @@ for _name, _dtype in (("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16
 
 
 # ---- blocks of 32 ---------------------------------------------------------------------------------------
-
-def _inverse(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale, zero for zero."""
-    import torch
-    return torch.where(scale != 0, over(1, scale), 0)
-
 
 def _cut(x: torch.Tensor, offset: float, inverse: torch.Tensor, top: int) -> torch.Tensor:
     """uint8 codes floor(x * inverse + offset) up to `top` of numbers [blocks, 32] that are not below zero.
@@ -71,11 +68,6 @@ def _bits(codes: torch.Tensor, bit: int) -> torch.Tensor:
     return (eights * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
-def _joined(parts: list[torch.Tensor], rows: int) -> torch.Tensor:
-    import torch
-    return torch.cat([part.view(torch.uint8).view(torch.int16) for part in parts], 1).view(torch.uint8).view(rows, -1)
-
-
 def _fours(codes: torch.Tensor) -> list[torch.Tensor]:
     return [_pairs(codes)]
 
@@ -93,16 +85,15 @@ def _symmetric(x: torch.Tensor, importance: torch.Tensor | None, effort: str, bi
     if importance is None:
         blocks = x.view(-1, BLOCK)
         scale = largest(blocks, 1)[:, None] / -top
-        codes = _cut(blocks, top + 0.5, _inverse(scale), 2 * top - 1)
+        codes = _cut(blocks, top + 0.5, inverse_of(scale), 2 * top - 1)
     else:
         columns, weight = _weighed(x, importance)
         found = symmetric(columns, top, weight)
         scale, codes = found.scale[:, None], _rows(found.codes(columns, top))
     stored = half(scale)
     if effort == "high":
-        columns, weight = _counted(x, importance)
-        stored, codes = _harder(columns, weight, stored, Levels(-top, top - 1))
-    return _joined([stored, *PARTS[bits](codes)], len(x))
+        stored, codes = _harder(x, importance, stored, Levels(-top, top - 1))
+    return joined(stored, *PARTS[bits](codes)).view(len(x), -1)
 
 
 def _with_minimum(x: torch.Tensor, importance: torch.Tensor | None, effort: str, bits: int) -> torch.Tensor:
@@ -113,31 +104,23 @@ def _with_minimum(x: torch.Tensor, importance: torch.Tensor | None, effort: str,
         blocks = x.view(-1, BLOCK)
         least = blocks.amin(1, keepdim=True)
         scale = (blocks.amax(1, keepdim=True) - least) / number(top, x.device)
-        codes = _cut(blocks - least, 0.5, _inverse(scale), top)
+        codes = _cut(blocks - least, 0.5, inverse_of(scale), top)
     else:
         columns, weight = _weighed(x, importance)
         found = affine(columns, top, weight, -0.9, 0.05, 36)
         scale, least, codes = found.scale[:, None], -found.minimum[:, None], _rows(found.codes(columns, top))
     stored = half(torch.cat([scale, least], 1))
     if effort == "high":
-        columns, weight = _counted(x, importance)
-        stored, codes = _harder(columns, weight, stored, Levels(0, top, "free"))
-    return _joined([stored, *PARTS[bits](codes)], len(x))
+        stored, codes = _harder(x, importance, stored, Levels(0, top, "free"))
+    return joined(stored, *PARTS[bits](codes)).view(len(x), -1)
 
 
-def _counted(x: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns of blocks [32, blocks] and what an error counts in a longer search: without importances every one the same."""
-    import torch
-    if importance is not None:
-        return _weighed(x, importance)
-    columns = x.view(-1, BLOCK).t().contiguous()
-    return columns, torch.ones_like(columns)
-
-
-def _harder(columns: torch.Tensor, weight: torch.Tensor, stored: torch.Tensor,
+def _harder(x: torch.Tensor, importance: torch.Tensor | None, stored: torch.Tensor,
             levels: Levels) -> tuple[torch.Tensor, torch.Tensor]:
     """float16 [blocks, 1 or 2] (scale, what code 0 stands for) and uint8 codes [blocks, 32] with a smaller error."""
     import torch
+    columns = x.view(-1, BLOCK).t().contiguous()
+    weight = counted(columns, importance)
     scale = stored[:, 0].float()
     minimum = -stored[:, 1].float() if levels.minimum else torch.zeros_like(scale)
     found = harder.runs(columns, weight, scale, minimum, levels)
@@ -170,15 +153,14 @@ def _q8_0(x: torch.Tensor, importance: torch.Tensor | None, effort: str) -> torc
     blocks = x.view(-1, BLOCK)
     scale = blocks.abs().amax(1, keepdim=True) / number(127, x.device)
     if effort == "high":
-        columns, weight = _counted(x, importance)
-        stored, codes = _harder(columns, weight, half(scale), Levels(-127, 127))
-        return _joined([stored, (codes - 127).view(torch.int8)], len(x))        # uint8 wraps round: bytes are int8's
-    inverse = _inverse(scale)
+        stored, codes = _harder(x, importance, half(scale), Levels(-127, 127))
+        return joined(stored, codes - 127).view(len(x), -1)       # uint8 wraps round: bytes are int8's
+    inverse = inverse_of(scale)
     codes = blocks * inverse
     codes.add_(torch.copysign(number(HALF_AT_MOST, x.device), codes))
     if not inverse.isfinite().all():
         codes.masked_fill_(~inverse.isfinite(), 0)
-    return _joined([half(scale), codes.to(torch.int8)], len(x))
+    return joined(half(scale), codes.to(torch.int8)).view(len(x), -1)
 
 
 HALF_AT_MOST = 0.5 - 2 ** -25       # the largest float32 below a half: what is added before cutting, so that 0.49999997 stays 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .searching import in_order, number, over
+from .searching import in_order, largest, number, over
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ class Levels:
         solved by least squares: sum(w x l) / sum(w l l), which lowers the error by sum(w x l)^2 / sum(w l l).
         """
         import torch
-        far = largest(x)
+        far = largest(x.flatten(1)).view(x.shape[1:])
         far = torch.where(far != 0, far if self.signed else far.abs(), 1)
         place, gain = torch.where(scale != 0, far / scale, self.values[0]), torch.full_like(far, -1)
 
@@ -99,8 +99,9 @@ def counted(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
     x is [n, groups] or [n, groups of a block, blocks], blocks in the order they have in rows of as many weights as there are
     importances. That is what the error of a product is, but for correlations; llama.cpp weighs large weights more beside, or
     instead. Of SmolLM2-135M in IQ4_NL these weights lower the KL divergence further than its own do, searched as long: with
-    importances by 27 % (its own: 19 %), without by 10 % (5 %). Measured on 1,020 tokens, +- 3 % each, with the weights of its
-    published file moved at random within that file's steps.
+    importances by 27 % (its own: 19 %), without by 10 % (5 %); of a quarter of its matrices in Q5_0 with importances by 33 %
+    (21 %), in Q4_0 by 16 % (11 %). Measured on 1,020 tokens, of the quarters on 765, +- 3 % each, with the weights of its
+    published file moved at random within that file's steps. (In K types it makes no difference beyond what that tells apart.)
     """
     import torch
     if importance is None:
@@ -108,11 +109,6 @@ def counted(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
     groups = x.shape[1] if x.ndim == 3 else 1
     counts = importance.view(-1, groups, len(x)).permute(2, 1, 0)
     return counts[:, :, None].expand(-1, -1, x.shape[-1] // counts.shape[2], -1).reshape(x.shape)
-
-
-def largest(x: torch.Tensor) -> torch.Tensor:
-    """Of each column the number farthest from zero, the first of several."""
-    return x.gather(0, x.abs().argmax(0, keepdim=True))[0]
 
 
 def inverse_of(scale: torch.Tensor) -> torch.Tensor:

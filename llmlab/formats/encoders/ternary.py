@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import encodes
+from .joining import joined
 from .levels import Levels, both_sides, counted, inverse_of
 from .searching import half, in_order, number, over
 
@@ -25,14 +26,14 @@ HALF = 0.5      # from here on away from zero is the next level: C's roundf
 @encodes("TQ1_0")
 def _tq1_0(x: torch.Tensor, importance: torch.Tensor | None, effort: str) -> torch.Tensor:
     scale, digits = _ternary(x, importance, effort)
-    return _joined([*(_fives(part) for part in (digits[:, :160].view(-1, 5, 32), digits[:, 160:240].view(-1, 5, 16),
-                                                digits[:, 240:].view(-1, 4, 4))), scale], x)
+    return joined(*(_fives(part) for part in (digits[:, :160].view(-1, 5, 32), digits[:, 160:240].view(-1, 5, 16),
+                                              digits[:, 240:].view(-1, 4, 4))), scale).view(len(x), -1)
 
 
 @encodes("TQ2_0")
 def _tq2_0(x: torch.Tensor, importance: torch.Tensor | None, effort: str) -> torch.Tensor:
     scale, digits = _ternary(x, importance, effort)
-    return _joined([_twos(digits.view(-1, 2, 4, 32)), scale], x)
+    return joined(_twos(digits.view(-1, 2, 4, 32)), scale).view(len(x), -1)
 
 
 @encodes("Q1_0")
@@ -45,7 +46,7 @@ def _q1_0(x: torch.Tensor, importance: torch.Tensor | None, effort: str) -> torc
         counts = counted(size, importance)
         whole = counts.sum(0)
         scale = torch.where(whole > 0, (size * counts).sum(0) / whole, scale)
-    return _joined([_bytes(half(scale)), _eights(blocks >= 0)], x)
+    return joined(half(scale), _eights(blocks >= 0)).view(len(x), -1)
 
 
 @encodes("Q2_0")
@@ -62,11 +63,11 @@ def _q2_0(x: torch.Tensor, importance: torch.Tensor | None, effort: str) -> torc
     else:
         digits = _digits(blocks, scale)
         digits.masked_fill_((over(1, scale).isinf() & (scale > 0))[:, None], 0)      # what C makes of infinity
-    return _joined([_bytes(half(scale)), _twos(digits.reshape(-1, 16, 4, 1))], x)
+    return joined(half(scale), _twos(digits.reshape(-1, 16, 4, 1))).view(len(x), -1)
 
 
 def _ternary(x: torch.Tensor, importance: torch.Tensor | None, effort: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale of each block in bytes, and uint8 codes 0, 1, 2 of its weights."""
+    """The scale of each block, float16, and uint8 codes 0, 1, 2 of its weights."""
     import torch
     blocks = x.view(-1, 256)
     scale = blocks.abs().amax(1)
@@ -74,7 +75,7 @@ def _ternary(x: torch.Tensor, importance: torch.Tensor | None, effort: str) -> t
         counts = counted(blocks.t(), importance).t()
         usual, found = half(scale).float(), half(_best_ternary(blocks, counts)).float()
         scale = torch.where(_error(blocks, counts, found) < _error(blocks, counts, usual), found, usual)
-    return _bytes(half(scale)), _digits(blocks, scale)
+    return half(scale), _digits(blocks, scale)
 
 
 def _best_ternary(blocks: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -105,16 +106,6 @@ def _digits(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 # ---- bytes ------------------------------------------------------------------------------------------------
-
-def _joined(parts: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    import torch
-    return torch.cat([part.reshape(len(parts[0]), -1) for part in parts], 1).view(len(x), -1)
-
-
-def _bytes(numbers: torch.Tensor) -> torch.Tensor:
-    import torch
-    return numbers.view(-1, 1).view(torch.uint8)
-
 
 def _fives(digits: torch.Tensor) -> torch.Tensor:
     """Base-3 digits [blocks, 4 or 5, n], the first the highest -> the smallest bytes of which 256ths they are the start."""
