@@ -156,6 +156,9 @@ def _add_run(commands) -> None:
     one.add_argument("--no-chat", action="store_true", help="no chat template: the text is continued as it is")
     one.add_argument("-n", "--max-tokens", type=int, help="most new tokens (default: until the answer ends)")
     one.add_argument("-c", "--context", type=_tokens, help="most tokens remembered: 4096, 32k (default: as trained)")
+    one.add_argument("--kv", help="type of the KV cache, or K,V: q8_0 or q8_0,q4_0 (default: plain numbers)")
+    one.add_argument("--shift", type=int, metavar="KEEP", help="when the context is full, go on without the older tokens but "
+                     "with the first so many (default: the answer ends)")
     one.add_argument("--temp", "--temperature", dest="temperature", type=float, default=0.8,
                      help="0 takes the likeliest token, higher is more varied (0.8)")
     one.add_argument("--top-k", type=int, default=40, help="only so many of the likeliest tokens (40; 0: all)")

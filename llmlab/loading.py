@@ -14,6 +14,7 @@ from .gguf import read_gguf
 from .gguf.local import LocalFile
 from .gguf.words import show_path
 from .kernels.packing import STRATEGIES
+from .memory import cache_types
 from .runtime import GGUFSource, Keys, build
 from .stores import place_of
 from .units import format_bytes
@@ -30,7 +31,8 @@ class Loaded:
 
     `strategy` names the kernels ("compact", "fast", "reference", several joined by " + "; for a safetensors folder "dense" or
     the bitsandbytes quant). `resident_bytes`: what the model holds once all of it has run, pages of the mapped file
-    among it. `file_bytes`: of the file, set or folder's safetensors. `context`: tokens the model was trained for.
+    among it. `file_bytes`: of the file, set or folder's safetensors. `context`: tokens the model was trained for. `kv`: the
+    cache types of keys and of values, None where they are kept as the numbers they are.
     """
 
     path: str
@@ -41,10 +43,12 @@ class Loaded:
     file_bytes: int
     why: str
     context: int
+    kv: tuple[str, str] | None = None
 
 
 def load(path: str | os.PathLike, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-         quant: str | None = None, strategy: str = "auto", compile: bool = False):
+         quant: str | None = None, strategy: str = "auto", compile: bool = False,
+         kv: str | tuple[str, str] | None = None):
     """(model, tokenizer) of a model on this computer; `model.llmlab` says what was chosen.
 
     `path`: a .gguf (the first file of a sharded set), a folder with config.json and safetensors, or the name of a model that
@@ -58,27 +62,30 @@ def load(path: str | os.PathLike, device: str | torch.device | None = None, dtyp
     else from transformers' modules as before; where nothing can be compiled, `model.llmlab.why` says so. A folder is loaded by
     transformers as it is, or with `quant` "nf4", "nf4-double" or "int8" by bitsandbytes. `device`: "cpu" or "cuda" (None: a
     card where the model fits on one). `dtype`: of the activations ("float32", "bfloat16", "float16"; None: what this device
-    computes well). The tokenizer is None where the file has no vocabulary.
+    computes well). `kv`: the cache type of keys and values, or a pair for them ("q8_0", ("q8_0", "q4_0"), as llama.cpp has
+    them): `generate` and `forward` then begin with a `runtime.packed_cache.PackedCache` unless they are given a cache; None:
+    with transformers' own, in the activations' dtype. The tokenizer is None where the file has no vocabulary.
 
     Raises LabError (BadFile for a damaged file, UnknownName for a name) with one line naming the thing and the remedy.
     """
     if strategy not in STRATEGIES:
         raise LabError(f"strategy is {str(strategy)[:40]!r}; give one of {', '.join(STRATEGIES)}")
+    kv = None if kv is None else cache_types(kv)
     place = place_of(path, "a .gguf file or of a safetensors folder")
     if place.is_dir():
         if compile:
             raise LabError(f"compile=True is for GGUF files; {show_path(str(place))} is a safetensors folder: give "
                            "torch.compile the model that load returns")
-        return _load_folder(place, device, dtype, quant, strategy)
+        return _load_folder(place, device, dtype, quant, strategy, kv)
     if quant is not None:
         raise LabError(f"quant={quant!r:.40} is for safetensors folders; {show_path(str(place))} is a GGUF, which is packed "
                        "already")
-    return _load_gguf(place, device, dtype, strategy, compile)
+    return _load_gguf(place, device, dtype, strategy, compile, kv)
 
 
 # ---- GGUF ---------------------------------------------------------------------------------------------------
 
-def _load_gguf(path: Path, device, dtype, strategy: str, compile: bool):
+def _load_gguf(path: Path, device, dtype, strategy: str, compile: bool, kv: tuple[str, str] | None):
     file = read_gguf(path)
     shown = show_path(file.paths[0])
     if file.is_projector:
@@ -86,10 +93,12 @@ def _load_gguf(path: Path, device, dtype, strategy: str, compile: bool):
     device, where = _device(device, file.tensor_bytes)
     dtype, precision = _dtype(dtype, device)
     keys = Keys(file.metadata, file.architecture, shown)
-    decoder = _decoder(file, dtype, strategy) if compile and device.type == "cpu" else None
+    decoder = _decoder(file, dtype, strategy, kv) if compile and device.type == "cpu" else None
     compiled = decoder is not None and decoder.compiled is not None
     model = build(GGUFSource(file), keys, dtype, "compact" if compiled else strategy, device)
     model.config._name_or_path = model.name_or_path = file.paths[0]
+    if kv:
+        _keep(model, kv)
     packed = [matrix for _, matrix in model.packed()]
     if any(matrix.mapped for matrix in packed):
         # of the decoder, which an adapter's wrapping calls as well
@@ -99,7 +108,7 @@ def _load_gguf(path: Path, device, dtype, strategy: str, compile: bool):
     told += [f"{count} of {len(packed)} matrices {way} ({why})" for (way, why), count in reasons.most_common(3)]
     model.llmlab = Loaded(path=file.paths[0], architecture=file.architecture, dtype=_name(dtype), file_bytes=file.file_bytes,
                           strategy=" + ".join(way for way, _ in ways.most_common()), why="; ".join([*told, where, precision]),
-                          resident_bytes=model.get_memory_footprint(), context=model.config.max_position_embeddings)
+                          resident_bytes=model.get_memory_footprint(), context=model.config.max_position_embeddings, kv=kv)
     if compile and not compiled:
         stands = decoder.why.split(";")[0] if decoder else "not compiled: llmlab.decoder(path, compile=True) is, on a card"
         model.llmlab = replace(model.llmlab, why=f"{stands}; {model.llmlab.why}")
@@ -115,12 +124,19 @@ def _load_gguf(path: Path, device, dtype, strategy: str, compile: bool):
     return model, tokenizer
 
 
-def _decoder(file, dtype: torch.dtype, strategy: str):
+def _decoder(file, dtype: torch.dtype, strategy: str, kv: tuple[str, str] | None):
     """A decoder compiled for this processor, telling what it compiles: it takes a minute the first time."""
     from .runtime.decoder import Decoder
 
-    return Decoder.open(file, dtype, strategy, compile=True,
+    return Decoder.open(file, dtype, strategy, compile=True, kv=kv,
                         progress=lambda said: print(f"llmlab: {said}", file=sys.stderr, flush=True))
+
+
+def _keep(model, kv: tuple[str, str]):
+    """The model with a packed cache as its own."""
+    from .runtime.keeping import keep_packed
+
+    return keep_packed(model, kv)
 
 
 def _check_in_place(files: tuple[LocalFile, ...], *_) -> None:
@@ -130,7 +146,7 @@ def _check_in_place(files: tuple[LocalFile, ...], *_) -> None:
 
 # ---- safetensors --------------------------------------------------------------------------------------------
 
-def _load_folder(path: Path, device, dtype, quant: str | None, strategy: str):
+def _load_folder(path: Path, device, dtype, quant: str | None, strategy: str, kv: tuple[str, str] | None):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shown, weights = show_path(str(path)), sorted(path.glob("*.safetensors"))
@@ -165,8 +181,8 @@ def _load_folder(path: Path, device, dtype, quant: str | None, strategy: str):
     model.llmlab = Loaded(path=str(path), architecture=model.config.model_type, strategy=quant or "dense", dtype=_name(dtype),
                           resident_bytes=sum(t.nbytes for t in held.values()), file_bytes=size,
                           why=f"{'packed by bitsandbytes' if quant else 'the numbers themselves'}; {where}; {precision}",
-                          context=getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
-    return model.eval(), tokenizer
+                          context=getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0, kv=kv)
+    return (_keep(model, kv) if kv else model).eval(), tokenizer
 
 
 def _bitsandbytes(quant: str | None, dtype: torch.dtype):

@@ -16,9 +16,11 @@ from torch import nn
 from . import hardware
 from .calibration.rates import WIDTH, last_cache
 from .errors import LabError
+from .formats import FORMATS
 from .kernels import Packed
 from .kernels.nibbles import Nibbles
 from .kernels.words import Words
+from .memory import CACHE_TYPES
 from .runtime.decoder import Decoder
 from .runtime.generating import Memory
 from .runtime.modules import PackedExperts
@@ -319,6 +321,7 @@ def _layer(weights: dict, read: int, flops: int) -> tuple[int, int]:
 
 def _cache(reader: Decoder | Memory, tokens: int) -> list[tuple[int, int]]:
     """For each layer: bytes of keys and values that a token looks at, itself the last of `tokens`, and operations with them."""
+    kv = getattr(reader, "kv", None) if isinstance(reader, Decoder) else getattr(reader.model, "kv", None)
     if isinstance(reader, Decoder):
         size = reader.cache_dtype.itemsize
         shapes = [(s.heads, s.kv_heads, s.head_dim, s.window) for s in reader.weights.shapes]
@@ -329,5 +332,6 @@ def _cache(reader: Decoder | Memory, tokens: int) -> list[tuple[int, int]]:
         window = getattr(config, "sliding_window", None) or 0
         shapes = [(config.num_attention_heads, config.num_key_value_heads, dim, window * (kind == "sliding_attention"))
                   for kind in kinds]
-    return [(2 * kv * dim * min(tokens, window or tokens) * size, 4 * heads * dim * min(tokens, window or tokens))
-            for heads, kv, dim, window in shapes]
+    formats = [FORMATS[CACHE_TYPES[name]] for name in kv or ()]
+    return [(kv_heads * (sum(f.bytes(dim) for f in formats) or 2 * dim * size) * min(tokens, window or tokens),
+             4 * heads * dim * min(tokens, window or tokens)) for heads, kv_heads, dim, window in shapes]

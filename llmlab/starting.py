@@ -10,7 +10,8 @@ from .stores import place_of
 
 
 def decoder(path: str | os.PathLike | GGUFFile, device=None, dtype=None, strategy: str = "auto", context: int | None = None,
-            compile: bool = False, progress: Callable[[str], None] | None = None):
+            compile: bool = False, progress: Callable[[str], None] | None = None, kv: str | tuple[str, str] | None = None,
+            sinks: int = 0, recent: int = 0, rotate: bool = False):
     """(decoder, words) of a GGUF on this computer: what `llmlab.load` gives, without transformers and in a part of its time.
 
     `path`: a .gguf (the first file of a sharded set), or the name of a model that `llmlab.local_models()` lists.
@@ -19,7 +20,9 @@ def decoder(path: str | os.PathLike | GGUFFile, device=None, dtype=None, strateg
     `runtime.conversing.Conversation(decoder, words)` take them as they take a model and its tokenizer. `device`, `strategy`:
     as in `llmlab.load`. `dtype`: in which matrices are multiplied (None: in which that is quickest here). `context`: most
     tokens it may hold (None: as trained). `compile`: for this processor, once, or as without it where that cannot be, which
-    `decoder.why` says; `progress` is told what is compiled.
+    `decoder.why` says; `progress` is told what is compiled. `kv`: the KV cache's type, "q8_0", or one for keys and one for
+    values, ("q8_0", "q4_0"); None is plain numbers. With it the first `sinks` and the last `recent` tokens stay in float16,
+    and `rotate` multiplies by a Hadamard matrix, so that no number stands out.
 
     Raises LabError, in one line, where the decoder does not know the architecture; `llmlab.load` may.
     """
@@ -34,7 +37,8 @@ def decoder(path: str | os.PathLike | GGUFFile, device=None, dtype=None, strateg
 
     device, _ = _device(device, file.tensor_bytes)
     words = words_of(file) if file.metadata.get("tokenizer.ggml.tokens") else None
-    return Decoder.open(file, dtype and _dtype(dtype, device)[0], strategy, context, device, compile, progress), words
+    dtype = dtype and _dtype(dtype, device)[0]
+    return Decoder.open(file, dtype, strategy, context, device, compile, progress, kv, sinks, recent, rotate), words
 
 
 def gguf_of(path: str | os.PathLike) -> GGUFFile | None:

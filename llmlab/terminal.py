@@ -61,7 +61,7 @@ def _begin(a: Namespace):
         _spin_briefly()
         from .runtime.generating import Options  # torch from here on
         options = Options(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, min_p=a.min_p, seed=a.seed,
-                          repeat_penalty=a.repeat_penalty, max_tokens=a.max_tokens, stop=tuple(a.stop))
+                          repeat_penalty=a.repeat_penalty, max_tokens=a.max_tokens, stop=tuple(a.stop), shift=a.shift)
         if a.threads is not None:
             import torch
             if not 1 <= a.threads <= 1024:
@@ -95,11 +95,13 @@ def _file(a: Namespace):
 def _loaded(a: Namespace, file, why: str):
     """The conversation with the model, by the engine asked for or the one that can; the line that says which is printed."""
     from .runtime.conversing import Conversation
+    kv = tuple(a.kv.split(",")) if a.kv and "," in a.kv else a.kv
     if file is not None:
         from .starting import decoder, refusal
         why = refusal(file)
         if not why:
-            made, words = decoder(file, a.device, a.dtype, a.strategy, a.context, a.compile, _say)
+            made, words = decoder(file, a.device, a.dtype, a.strategy, a.context, a.compile, _say, kv,
+                                  sinks=a.shift or 0 if kv else 0)
             chat = Conversation(made, words, a.system, chat=not a.no_chat)
             _say(f"{file.architecture} by the lean decoder, {made.strategy}, {str(made.dtype).removeprefix('torch.')} on "
                  f"{made.device}: {made.why}")
@@ -108,8 +110,10 @@ def _loaded(a: Namespace, file, why: str):
         raise LabError(f"--engine lean cannot be used: {why}; leave it out")
     if a.compile and why:
         raise LabError(f"--compile is for the lean decoder, which is not used ({why}); leave it out")
+    if a.shift is not None and why:
+        raise LabError(f"--shift is for the lean decoder, which is not used ({why}); leave it out")
     from .loading import load
-    model, tokenizer = load(a.model, a.device, a.dtype, a.quant, a.strategy)
+    model, tokenizer = load(a.model, a.device, a.dtype, a.quant, a.strategy, False, kv)
     chat = Conversation(model, tokenizer, a.system, a.context, chat=not a.no_chat)
     if (made := getattr(model, "llmlab", None)) is not None:
         _say(f"{made.architecture} by transformers' modules ({why}), {made.strategy}: {made.why}")

@@ -73,6 +73,42 @@ def test_compact_stays_near_the_files_bytes(cache, tmp_path):
         assert held.bytes * 8 == pytest.approx(held.rows * cols * held.layout.bits_per_weight(cols))
 
 
+@pytest.mark.parametrize("name, kv, rotate", [("llama", "q8_0", True), ("gemma2", ("q4_0", "q8_0"), False)])
+def test_a_packed_cache_is_read_and_written(tiny, name, kv, rotate):
+    """Each token meets the same cells: what float noise makes of a code here and there is not carried on."""
+    plain = Decoder.open(tiny(name), dtype=torch.float32, strategy="compact", kv=kv, rotate=rotate)
+    decoder = Decoder.open(tiny(name), dtype=torch.float32, compile=True, kv=kv, rotate=rotate)
+    assert decoder.compiled and decoder.why.startswith("compiled for")
+    text = READ * 5
+    plain.read(text[:250]), decoder.read(text[:250])
+    other = blocks = 0
+    for at, token in enumerate(text[250:265], 250):
+        for one, two in zip(decoder.caches, plain.caches, strict=True):
+            for mine, theirs in zip(one.tensors, two.tensors, strict=True):
+                mine[:, :theirs.shape[1]] = theirs
+        assert divergence(plain.read([token])[None], decoder.read([token])[None]) < (LIMIT if kv == "q8_0" else 1e-5)
+        for one, two in zip(decoder.caches, plain.caches, strict=True):
+            cell = one.cell(torch.tensor([at]))
+            assert one.length == two.length and one.positions[0, cell] == at
+            for mine, theirs in ((one.keys, two.keys), (one.values, two.values)):
+                same = (mine.blocks(cell) == theirs.blocks(cell)).flatten()
+                other, blocks = other + int((~same).sum()), blocks + len(same)
+    assert other < blocks / 500
+    # What is forgotten is not looked at, and the first token of all has nothing to look at.
+    assert decoder.keep([*text[:255], 7]) == 255
+    plain.keep([*text[:255], 7])
+    assert divergence(plain.read([7])[None], decoder.read([7])[None]) < 1e-4
+    decoder.forget()
+    plain.forget()
+    assert divergence(plain.logits(text[:2]), torch.stack([decoder.read([token]) for token in text[:2]])) < 1e-4
+
+
+def test_a_packed_cache_that_cannot_be_compiled_is_read_all_the_same(tiny):
+    why = Decoder.open(tiny("llama"), compile=True, kv="q8_0", recent=32).why
+    assert why.startswith("not compiled: tokens in full precision lie beside a packed cache")
+    assert "of 256 cells at most" in Decoder.open(tiny("llama"), compile=True, kv="q8_0", context=200).why
+
+
 def test_a_second_time_nothing_is_compiled(tiny, monkeypatch):
     Decoder.open(tiny("llama"), compile=True, dtype=torch.float32)
     monkeypatch.setattr(compiling, "_compile", None)

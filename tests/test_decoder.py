@@ -15,9 +15,11 @@ from runtime_models import CASES, VOCAB, divergence, make
 import llmlab
 from llmlab.errors import BadFile, LabError
 from llmlab.gguf import read_gguf, write_gguf
+from llmlab.memory import cache_bytes
 from llmlab.runtime import FAMILIES, generating, layers, rope
 from llmlab.runtime import decoder as decoders
 from llmlab.runtime.decoder import Decoder
+from llmlab.shapes import model_spec
 
 TOP = Path(__file__).resolve().parent.parent
 LIMIT = 1e-7        # nats, at the worst position
@@ -229,6 +231,7 @@ def test_transformers_is_never_imported(tiny):
     code = f"""
 import sys, torch
 from llmlab.runtime.decoder import Decoder
+from llmlab.shapes import model_spec
 decoder = Decoder.open({str(path)!r}, dtype=torch.float32)
 assert decoder.read([3, 4, 5]).shape == ({VOCAB},) and decoder.read([6]).isfinite().all()
 assert "transformers" not in sys.modules and "ipywidgets" not in sys.modules, sorted(sys.modules)
@@ -283,6 +286,299 @@ def test_an_interruption_between_two_layers_leaves_nothing_half_read(tiny, monke
     assert decoder.tokens == [] and decoder.keep(READ) == 0
     assert divergence(logits(reference), decoder.logits(READ)) < LIMIT
 
+
+# ---- a packed cache ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_pages_of_float32_are_the_numbers(tiny, name):
+    """In pieces, token by token, past every window, after dropping some: what transformers finds."""
+    path, reference = tiny(name)
+    decoder, wanted = opened(path, kv="f32"), logits(reference)
+    assert divergence(wanted, decoder.logits(READ)) < LIMIT
+    decoder.forget()
+    before = logits(reference, 60)
+    assert divergence(before, torch.cat([decoder.logits(READ[:41]), decoder.logits(READ[41:60])])) < LIMIT
+    for token in READ[60:66]:
+        last = decoder.read([token])
+    if name != "phi3-longrope":                         # goes by other angles from here on
+        assert divergence(wanted[65], last) < LIMIT and decoder.keep([*READ[:50], 5]) == 50
+        assert divergence(wanted[50:], decoder.logits(READ[50:])) < LIMIT
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_narrower_types_err_more(tiny, name):
+    path, reference = tiny(name)
+    wanted, errors = logits(reference), []
+    for kv in ("f32", "f16", "q8_0", ("q8_0", "q4_0"), "q4_0"):
+        errors.append(divergence(wanted, opened(path, kv=kv).logits(READ)))
+    assert errors[0] < LIMIT < errors[1] < 1e-4 < errors[2] < 1e-2 < min(errors[3:])
+    less = divergence(wanted, opened(path, kv="q4_0", sinks=4, recent=64, rotate=True).logits(READ))
+    assert 0 < less < errors[4] / 10                    # all but a few tokens are within 64
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-wide-heads", "gemma2", "gemma3", "gpt-oss"])
+def test_the_cache_holds_what_memory_says(tiny, name):
+    """At every context of a sweep, reserved at once or grown to it: full layers, sliding ones, and both."""
+    path, _ = tiny(name)
+    spec, shapes = model_spec(path), opened(path).weights.shapes
+    for kv in ("q8_0", ("f16", "q4_0"), ("q5_1", "iq4_nl"), "bf16"):
+        for context in (2, 255, 256, 257, 300, 511, 512):
+            said = cache_bytes(spec, context, kv).kv
+            decoder = opened(path, kv=kv, context=context)
+            assert decoder.cache_bytes == said
+    numbers = sum(2 * shape.kv_heads * shape.head_dim for shape in shapes)
+    assert opened(path, kv="q8_0", context=300, sinks=4, recent=28).cache_bytes == (
+        cache_bytes(spec, 300, "q8_0").kv + 2 * 32 * numbers)
+    grown, seen = opened(path, kv="q8_0"), []
+    for _ in range(4):
+        grown.read((READ * 2)[:128])
+        seen.append(grown.cache_bytes)
+    assert seen[0] < seen[-1] == cache_bytes(spec, 512, "q8_0").kv and seen == sorted(seen)
+
+
+@pytest.fixture(scope="module")
+def long_gemma3(tmp_path_factory):
+    """A window of 8 in a ring of 768 cells, and a context that goes round it more than twice."""
+    path = tmp_path_factory.mktemp("long") / "gemma3.gguf"
+    make("gemma3", path, "F16", max_position_embeddings=2048)
+    return path
+
+
+def test_rings_go_round(long_gemma3):
+    plain, packed = opened(long_gemma3), opened(long_gemma3, kv="f32")
+    text = torch.randint(3, VOCAB, (1700,), generator=torch.Generator().manual_seed(2)).tolist()
+    for start in range(0, 1700, 425):
+        wanted, found = (one.logits(text[start:start + 425])[-30:] for one in (plain, packed))
+        assert divergence(wanted, found) < LIMIT
+    assert packed.cache_bytes == cache_bytes(model_spec(long_gemma3), 2048, "f32").kv
+    assert max(cache.cells for cache in packed.caches if cache.window) == 768
+    assert packed.keep([*text[:1500], 5]) == 1500
+    assert divergence(plain.read([9]) if plain.keep([*text[:1500], 9]) else None, packed.read([9])) < LIMIT
+    assert packed.keep([*text[:600], 5]) == 0 and packed.tokens == []        # the ring has lost what 600 looks back on
+
+
+def test_an_interruption_forgets_packed_pages_too(tiny, monkeypatch):
+    path, reference = tiny("gemma3")
+    decoder, done, real = opened(path, kv="f32", sinks=2, recent=8), [], decoders.block
+    exact = decoder.logits(READ)
+    decoder.forget()
+    decoder.read(READ[:20])
+
+    def block(*args):
+        done.append(1)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(decoders, "block", block)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.read(READ[20:30])
+    monkeypatch.undo()
+    assert decoder.tokens == [] and all(cache.length == 0 for cache in decoder.caches)
+    assert torch.equal(decoder.logits(READ), exact)
+
+
+def test_what_a_packed_cache_cannot_be(tiny, tmp_path):
+    path, _ = tiny("llama")
+    for wrong, says in (({"kv": "q3"}, "'q3' is no cache type"), ({"kv": ("q8_0",)}, "give one type like 'q8_0'"),
+                        ({"kv": "q8_0", "recent": -1}, "recent is -1"), ({"kv": "q8_0", "sinks": 1.5}, "sinks is 1.5"),
+                        ({"sinks": 4}, "give kv, such as kv='q8_0'"), ({"rotate": True}, "give kv, such as")):
+        with pytest.raises(LabError, match=says):
+            opened(path, **wrong)
+    make("llama", tmp_path / "narrow.gguf", "F16", head_dim=48)
+    with pytest.raises(LabError, match="a q4_0 cache needs heads of a multiple of 32 numbers, and here they have 48"):
+        opened(tmp_path / "narrow.gguf", kv=("f16", "q4_0"))
+    assert opened(tmp_path / "narrow.gguf", kv="f16", rotate=True).logits(READ).isfinite().all()
+
+
+# ---- saved and recalled --------------------------------------------------------------------------------------------
+
+WAYS = {"numbers": {}, "q8_0": {"kv": "q8_0"}, "all": {"kv": ("q5_1", "iq4_nl"), "sinks": 3, "recent": 12, "rotate": True}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["llama", "phi3-longrope", "gemma3"])
+def test_a_memory_recalled_goes_on_with_the_very_same_logits(tiny, tmp_path, name, way):
+    path, _ = tiny(name)
+    decoder = opened(path, context=300, **WAYS[way])
+    decoder.read(READ[:66])
+    decoder.save(tmp_path / "memory")
+    wanted = decoder.logits(READ[66:]), decoder.read([7])
+    for context in (300, 512):
+        other = opened(path, context=context, **WAYS[way])
+        other.read(READ[5:20])
+        assert other.recall(tmp_path / "memory") == 66 and other.tokens == READ[:66]
+        assert torch.equal(other.logits(READ[66:]), wanted[0]) and torch.equal(other.read([7]), wanted[1])
+    assert other.keep([*READ[:66], 3]) == (66 if name != "phi3-longrope" else 66)
+    assert [file.name for file in tmp_path.iterdir()] == ["memory"]
+    from safetensors import safe_open
+    assert safe_open(tmp_path / "memory", "pt").get_tensor("tokens").tolist() == READ[:66]
+
+
+def test_a_ring_recalled(long_gemma3, tmp_path):
+    text = torch.randint(3, VOCAB, (1000,), generator=torch.Generator().manual_seed(2)).tolist()
+    decoder = opened(long_gemma3, kv="q8_0", context=1200)
+    decoder.read(text)
+    decoder.shift()
+    decoder.save(tmp_path / "memory")
+    other = opened(long_gemma3, kv="q8_0")
+    assert other.recall(tmp_path / "memory") == 500 and (other.dropped, other.kept) == (text[:500], 0)
+    assert torch.equal(other.logits(text[:20]), decoder.logits(text[:20]))
+    assert other.keep([*text, *text[:10], 5]) == 1010
+
+
+def test_a_memory_that_does_not_fit_is_one_line(tiny, tmp_path):
+    path, memory = tiny("llama")[0], tmp_path / "memory"
+    decoder = opened(path, kv="q8_0", sinks=2)
+    with pytest.raises(LabError, match="nothing was read yet"):
+        decoder.save(memory)
+    decoder.read(READ)
+    decoder.save(memory)
+    make("llama", tmp_path / "other.gguf", seed=1)
+    cases = ((opened(tmp_path / "other.gguf", kv="q8_0", sinks=2), "was read by another model than .*other.gguf"),
+             (opened(path, kv="q4_0", sinks=2), "has kv=q8_0,q8_0 and this decoder kv=q4_0,q4_0"),
+             (opened(path), r"has kv=q8_0,q8_0 and this decoder kv=none \(float32\)"),
+             (opened(path, kv="q8_0", sinks=2, rotate=True), "has rotate=False and this decoder rotate=True"),
+             (opened(path, kv="q8_0", sinks=2, recent=5), "has recent=0 and this decoder recent=5"),
+             (opened(path, kv="q8_0"), "has sinks=2 and this decoder sinks=0"),
+             (opened(path, kv="q8_0", sinks=2, context=40), "holds 70 tokens and the context 40"))
+    for other, says in cases:
+        other.read([5, 6])
+        with pytest.raises(LabError, match=says) as error:
+            other.recall(memory)
+        assert "\n" not in str(error.value) and other.tokens == [5, 6]
+    whole = memory.read_bytes()
+    damaged = tmp_path / "damaged"
+    for at in (9, 300, len(whole) // 2, len(whole) - 1):
+        damaged.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+        with pytest.raises(BadFile, match="damaged"):
+            decoder.recall(damaged)
+    for length in (0, 5, 8, 200, len(whole) - 1):
+        damaged.write_bytes(whole[:length])
+        with pytest.raises(BadFile, match="damaged"):
+            decoder.recall(damaged)
+    for wrong, says in ((path, "is no memory that a decoder saved"), (tmp_path / "none", "cannot be read"),
+                        (tmp_path, "cannot be read"), (3, "is not a path")):
+        with pytest.raises(LabError, match=says):
+            decoder.recall(wrong)
+    assert decoder.tokens == READ and decoder.recall(memory) == len(READ)
+
+
+def test_saving_is_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
+    decoder, memory = opened(tiny("llama")[0], kv="q8_0"), tmp_path / "memory"
+    decoder.read(READ)
+    decoder.save(memory)
+    before, write, written = memory.read_bytes(), os.write, []
+
+    def interrupted(handle, data):
+        written.append(len(data))
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return write(handle, data)
+
+    decoder.read([5])
+    monkeypatch.setattr(os, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.save(memory)
+    monkeypatch.undo()
+    assert [file.name for file in tmp_path.iterdir()] == ["memory"] and memory.read_bytes() == before
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(LabError, match="needs .* and its disk has 1,000 B free|needs .* free"):
+        decoder.save(memory)
+    monkeypatch.undo()
+    with pytest.raises(LabError, match="is not a folder"):
+        decoder.save(tmp_path / "nowhere" / "memory")
+    assert decoder.tokens == [*READ, 5] and memory.read_bytes() == before
+
+
+# ---- past the context ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("keep", [0, 4])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "llama-yarn", "phi3-partial"])
+def test_shifted_cells_are_those_of_the_shorter_text(tmp_path, name, keep):
+    """In one layer a token's keys and values know nothing of the others: what is left after a shift is then what the shorter
+    text gives, at other positions, which only differences of matter. Packed or not, and as often as one likes."""
+    make(name, tmp_path / "one.gguf", num_hidden_layers=1, **({"layer_types": ["full_attention"]} if name == "gemma2" else {}))
+    for given in ({}, {"kv": "f32", "sinks": 8}, {"kv": "q8_0", "sinks": 8, "recent": 3, "rotate": True}):
+        decoder, anew = (opened(tmp_path / "one.gguf", context=100, **given) for _ in range(2))
+        text = READ[:60]
+        decoder.read(text)
+        for _ in range(3):
+            count = (len(text) - keep) // 2
+            assert decoder.shift(keep) == count
+            text = text[:keep] + text[keep + count:] + READ[30:50]
+            found = decoder.logits(READ[30:50])
+            assert decoder.tokens == text
+        wanted = anew.logits(text)[-20:]
+        # Keys that are turned anew are rounded to float16 anew, and quantized ones were quantized turned otherwise
+        limit = LIMIT * 10 if "kv" not in given else 1e-5 if given["kv"] == "f32" else 2e-2
+        assert divergence(wanted, found) < limit, given
+
+
+def test_packed_cells_shift_as_numbers_do(long_gemma3):
+    """Of several layers the tokens that are left have seen those that are gone: not what the shorter text gives, but the same
+    whether cells are moved together or left where they are; sliding layers and full ones, many times round."""
+    text = torch.randint(3, VOCAB, (900,), generator=torch.Generator().manual_seed(2)).tolist()
+    plain, packed = opened(long_gemma3, context=300), opened(long_gemma3, context=300, kv="f32", sinks=4)
+    for keep in (0, 4):
+        for one in (plain, packed):
+            one.forget()
+        for start in range(0, 900, 100):
+            for one in (plain, packed):
+                if len(one.tokens) + 100 > 300:
+                    one.shift(keep)
+            found = [one.logits(text[start:start + 100]) for one in (plain, packed)]
+            assert divergence(*found) < (10 * LIMIT if keep == 0 else 1e-5) and plain.tokens == packed.tokens
+        history = text[:900]
+        assert plain.dropped == packed.dropped and len(packed.dropped) > 300
+        assert [one.keep([*history, 7]) for one in (plain, packed)] == [900, 900]
+        assert packed.keep([*history[:850], 7]) == 850 and plain.keep([*history[:850], 7]) == 850
+        assert divergence(plain.read([7]), packed.read([7])) < 1e-5
+        assert [one.keep(history[:400]) for one in (plain, packed)] == [0, 0]
+
+
+def test_what_cannot_be_shifted(tiny):
+    path, _ = tiny("llama")
+    decoder = opened(path, kv="q8_0", sinks=4, context=80)
+    with pytest.raises(LabError, match="0 tokens were read and the first 0 are to stay; there is nothing to drop"):
+        decoder.shift()
+    decoder.read(READ)
+    with pytest.raises(LabError, match="open the decoder with sinks=5"):
+        decoder.shift(5)
+    with pytest.raises(LabError, match="keep is -1"):
+        decoder.shift(-1)
+    with pytest.raises(LabError, match="the first 79 tokens are to stay and the context holds 80"):
+        decoder.shift(79)
+    assert decoder.tokens == READ and decoder.shift(4) == 33 and len(decoder.tokens) == 37
+    with pytest.raises(LabError, match="it was 4 before"):
+        decoder.shift(0)
+
+
+def test_text_goes_on_past_the_context(tmp_path):
+    words, path = tiny_chat.tokenizer(), tiny_chat.write(tmp_path / "chat.gguf")
+    for given, shift in (({}, 0), ({}, 5), ({"kv": "f16", "sinks": 6}, 6), ({"kv": "f32"}, 0)):
+        decoder = opened(path, context=64, **given)
+        options = generating.Options(seed=1, max_tokens=300)
+        ended = generating.stream(decoder, words, "Once upon a time", options, memory=decoder)
+        assert "".join(ended) and ended.stats.ended == "context full"
+        options = generating.Options(temperature=0, max_tokens=150, shift=shift)
+        got = generating.stream(decoder, words, "Once upon a time", options, memory=decoder)
+        first = "".join(got)
+        assert got.stats.ended == "limit" and got.stats.tokens == 150 and len(decoder.tokens) <= 64
+        assert len(decoder.dropped) + len(decoder.tokens) == 16 + 149
+        more = generating.stream(decoder, words, "Once upon a time", options, memory=decoder)
+        assert "".join(more) == first                   # read anew, and the same
+        less = generating.memory_of(decoder, 48)
+        assert "".join(generating.stream(decoder, words, "x" * 200, options, memory=less)) and len(decoder.tokens) <= 48
+    with pytest.raises(LabError, match="is for a lean decoder"):
+        generating.stream(tiny_chat.model(), words, "Once", generating.Options(shift=0))
+    with pytest.raises(LabError, match="open the decoder with sinks=3"):
+        generating.stream(decoder, words, "Once", generating.Options(shift=3), memory=decoder)
+    with pytest.raises(LabError, match="shift is -1"):
+        generating.Options(shift=-1)
+
+
+# ---- what cannot be ------------------------------------------------------------------------------------------------
 
 def test_what_is_asked_of_it_is_checked(tiny, tmp_path):
     path, _ = tiny("llama")

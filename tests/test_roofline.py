@@ -74,6 +74,12 @@ def test_a_window_bounds_what_attention_reads(tiny):
     assert short == each * (2 * 8 + 2 * 21) and long == each * (2 * 8 + 2 * 41)     # every second layer looks at 8 tokens
 
 
+def test_packed_keys_and_values_are_read_in_their_own_bytes(tiny):
+    plain, packed = (ops(opened(tiny("gemma2"), "lean", strategy="compact", kv=kv), 40)["attention"]
+                     for kv in (None, ("q8_0", "q4_0")))
+    assert packed.bytes * 4 * 2 * 32 == plain.bytes * (34 + 18) and packed.flops == plain.flops
+
+
 def test_a_compiled_layer_is_one_operation(tiny, uncompiled):
     reader = opened(tiny("llama"), "compiled", strategy="auto")
     assert reader.compiled, reader.why

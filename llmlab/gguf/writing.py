@@ -39,7 +39,7 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, Any],
     except (TypeError, ValueError):
         raise LabError(f"{show(str(path))} is not a path; give the path of the file to write") from None
     header, plans, length, alignment = _laid_out(metadata, tensors, alignment)
-    _write_whole(target, _chunks(header, plans, alignment), len(header) + length)
+    write_whole(target, _chunks(header, plans, alignment), len(header) + length)
 
 
 def gguf_bytes(metadata: Mapping[str, Any], tensors: Iterable[tuple[str, Sequence[int], str]],
@@ -210,7 +210,7 @@ def _views(data: Any, name: str) -> Iterator[memoryview]:
                            "give bytes or a contiguous array") from None
 
 
-def _write_whole(target: str, chunks: Iterable[Any], total: int) -> None:
+def write_whole(target: str, chunks: Iterable[Any], total: int) -> None:
     """Write `chunks` to a temporary file beside `target`, flush it to the disk, then give it the name `target`."""
     import shutil
 

@@ -6,18 +6,23 @@ then than one of codes.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 
 from .. import hardware
 from ..errors import LabError
-from ..kernels import Packed, dense, scratch, words
+from ..kernels import Packed, attending_once, dense, pages, scratch, words
+from ..kernels.attending_once import Side, attend_once, encoded, lay, place, side
+from ..kernels.pages import PAGE, CellType, cell_type
 from ..kernels.words import Layout, Words
 from ..units import GIB
 from . import layers
+from .cache import LayerCache, cells_of, hadamard
 from .compiling import NotPackaged, Package, machine, package, settle
+from .generating import usable_context
 from .keys import Keys
 from .layers import LayerShape, block, norm, project
 from .tensors import Source
@@ -25,6 +30,7 @@ from .weights import Weights, read
 
 Matrix = Words | torch.Tensor       # a format that cannot lie as words is numbers, float32
 Signature = tuple[tuple[str, object], ...]
+_BEFORE = 300           # tokens before the one that a package is tried with
 
 
 class NotCompiled(LabError):
@@ -32,10 +38,13 @@ class NotCompiled(LabError):
 
 
 def compiled(source: Source, keys: Keys, dtype: torch.dtype, strategy: str, device: torch.device,
-             progress: Callable[[str], None] | None = None) -> tuple[Weights, "Compiled"]:
+             progress: Callable[[str], None] | None = None,
+             kv: tuple[str, str] | None = None, rotate: bool = False,
+             context: int | None = None) -> tuple[Weights, "Compiled"]:
     """A source's weights as words, and the packages that run them. `dtype`: in which many tokens at once are multiplied; one
     alone is in float32. `strategy` "compact" keeps them within 1.15 of the file's bytes, "fast" lays them out as is quickest,
-    "auto" does where there is room. Raises NotCompiled, and what `weights.read` raises."""
+    "auto" does where there is room. `kv`, `rotate`, `context`: of a cache of packed pages. Raises NotCompiled, and what
+    `weights.read` raises."""
     if strategy not in ("auto", "fast", "compact"):
         raise NotCompiled(f"strategy {strategy!r} is there to compare with, and is never compiled")
     if device.type != "cpu":
@@ -43,9 +52,11 @@ def compiled(source: Source, keys: Keys, dtype: torch.dtype, strategy: str, devi
     found = read(source, keys, torch.float32, "compact", device)
     if any(shape.experts for shape in found.shapes):
         raise NotCompiled("which experts a token takes is known only when it comes")
+    if kv is not None and cells_of(usable_context(context, found.trained)) <= PAGE:
+        raise NotCompiled(f"a packed cache of {PAGE} cells at most is read as it is")
     try:
         small = strategy == "compact" or strategy == "auto" and _quick_bytes(found) > hardware.ram_available() - GIB
-        made = Compiled(found, dtype, progress, small)
+        made = Compiled(found, dtype, progress, small, kv, rotate)
     except NotPackaged as error:
         raise NotCompiled(str(error)) from error
     # The embedding is looked up row by row; nothing else of the file is read again.
@@ -56,7 +67,9 @@ class Compiled:
     """What a `Decoder` calls for one token, and its `multiply` for many. `bytes`: what the matrices hold here."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype, progress: Callable[[str], None] | None = None,
-                 small: bool = False):
+                 small: bool = False, kv: tuple[str, str] | None = None, rotate: bool = False):
+        self._types, self._rotate = kv and tuple(cell_type(name) for name in kv), rotate
+        self._shifts, self._held = attending_once.shifts(), WeakKeyDictionary()
         self.dtype, self.progress, self.softcap = dtype, progress or (lambda said: None), weights.softcap
         self._unpackers: dict[Layout, Package] = {}
         made = [_fused(_laid_out(layer, small), shape) for layer, shape in zip(weights.layers, weights.shapes, strict=True)]
@@ -83,7 +96,9 @@ class Compiled:
     def token(self, x: torch.Tensor, caches: list[torch.Tensor], tables: list[tuple[torch.Tensor, torch.Tensor]],
               start: int) -> torch.Tensor:
         """x [1, width] float32 of the token at `start`, 1 at least -> the same after all layers. caches: [2, kv_heads, cells,
-        head_dim] of each, cell after cell in memory; tables: its cosines and sines [1, 1, turned]."""
+        head_dim] of each, cell after cell in memory, or packed pages; tables: its cosines and sines [1, 1, turned]."""
+        if self._types:
+            return self._packed_token(x, caches, tables, start)
         places: dict[int, torch.Tensor] = {}
         for (step, tensors, window), cache, (cos, sin) in zip(self._steps, caches, tables, strict=True):
             first = max(0, min(start - 1, start + 1 - window)) if window else 0
@@ -92,6 +107,32 @@ class Compiled:
             keys, values = cache[:, :, first:start + 1].transpose(1, 2).unbind()
             x = step(x, keys, values, places[first], cos, sin, *tensors)[0]
         return x
+
+    def _packed_token(self, x: torch.Tensor, caches: list[LayerCache], tables: list[tuple[torch.Tensor, torch.Tensor]],
+                      position: int) -> torch.Tensor:
+        at, cells = torch.tensor([position], dtype=torch.int32), {}
+        for number, (step, tensors, _) in enumerate(self._steps):
+            caches[number].grow(2 * PAGE)       # sizes that may change are two at least
+            cell = caches[number].next_cell()
+            if cell not in cells:
+                cells[cell] = place(cell)
+            x = step(x, *tables[number], at, cells[cell], self._shifts, *self._pages(caches[number]), *tensors)[0]
+            caches[number].count_one()
+        return x
+
+    def _pages(self, cache: LayerCache) -> list[torch.Tensor]:
+        """What a layer's package is given of its cache: the pages in use, two at least."""
+        count = max(2, min(cache.length // PAGE + 1, cache.cells // PAGE))
+        before, found = self._held.get(cache, ((), ()))
+        now = count, *(tensor.data_ptr() for tensor in cache.tensors)
+        if before != now:
+            positions = cache.positions[0, :count * PAGE].view(count, PAGE)
+            found = [positions.view(torch.float32), positions, *side(cache.keys, count).tensors,
+                     *side(cache.values, count).tensors]
+            if self._rotate:
+                found.append(hadamard(cache.keys.head_dim & -cache.keys.head_dim))
+            self._held[cache] = now, found
+        return found
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, width] -> [1, vocabulary] float32."""
@@ -130,10 +171,28 @@ class Compiled:
 
     def _step(self, layer: dict, shape: LayerShape) -> Package:
         signature, width = _signature(layer), layer["attn_norm"].shape[-1]
-        cells, turned = torch.zeros(4, shape.kv_heads, shape.head_dim), torch.ones(1, 1, shape.turned)
-        example = [torch.linspace(-1, 1, width)[None], cells, cells.clone(), torch.tensor([3]), turned, turned.clone()]
+        token, turned = torch.linspace(-1, 1, width)[None], torch.ones(1, 1, shape.turned)
+        if self._types:
+            held = self._example(shape)
+            paged = range(6, 6 + len(held) - self._rotate)
+            example = [token, turned, turned.clone(), torch.tensor([_BEFORE], dtype=torch.int32), place(_BEFORE), self._shifts,
+                       *held]
+            return package(_one_packed_token(signature, shape, self._types, self._rotate), example + _flat(layer),
+                           f"layer {signature} {shape} {self._types} {self._rotate}",
+                           (words, layers, attending_once, pages, _one_packed_token, *_COMMON),
+                           {i: {0: "pages"} for i in paged}, self.progress)
+        cells = torch.zeros(4, shape.kv_heads, shape.head_dim)
+        example = [token, cells, cells.clone(), torch.tensor([3]), turned, turned.clone()]
         return package(_one_token(signature, shape), example + _flat(layer), f"layer {signature} {shape}",
                        (words, layers, _one_token, *_COMMON), {1: {0: "cells"}, 2: {0: "cells"}}, self.progress)
+
+    def _example(self, shape: LayerShape) -> list[torch.Tensor]:
+        """Pages with `_BEFORE` tokens; a compiler must not know that some tensors are the same memory, and need not."""
+        cache = LayerCache(tuple(known.name for known in self._types), shape.kv_heads, shape.head_dim, shape.head_dim,
+                           cells=2 * PAGE)
+        some = torch.linspace(-1, 1, 2 * shape.kv_heads * _BEFORE * shape.head_dim).sin_()
+        cache.append(*some.view(2, 1, shape.kv_heads, _BEFORE, -1).unbind(), torch.arange(_BEFORE))
+        return [tensor.clone() for tensor in self._pages(cache)]
 
     def _last(self) -> Package:
         signature, softcap = _signature(self.head), self.softcap
@@ -172,6 +231,38 @@ def _one_token(signature: Signature, shape: LayerShape) -> Callable:
             return keys.transpose(0, 1), values.transpose(0, 1)
 
         return (block(x, _rebuilt(signature, tensors), shape, _Multiplying(), remember, cos, sin),)
+
+    return step
+
+
+def _one_packed_token(signature: Signature, shape: LayerShape, types: tuple[CellType, CellType], rotate: bool) -> Callable:
+    """A layer as a function of flat tensors, for one token, which is laid into packed pages."""
+    def step(x, cos, sin, at, cell, shifts, seen, positions, *tensors):
+        left = iter(tensors)
+        sides = [Side.of(known, left) for known in types]
+        matrix = next(left) if rotate else None
+        weights = _rebuilt(signature, left)
+
+        def rotated(x):
+            return x if matrix is None else (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+
+        def remember(new):
+            new = rotated(new[:, :, 0])
+            laid = [encoded(one, known, settle) for one, known in zip(new.unbind(), types, strict=True)]
+
+            def attend(q):
+                q = q.view(shape.kv_heads, -1, shape.head_dim)
+                found = attend_once(rotated(q), tuple(one.numbers for one in laid), *sides, seen, at, shifts,
+                                    scale=shape.scale, softcap=shape.softcap, window=shape.window, sinks=weights.get("sinks"),
+                                    settle=settle)
+                for one, of in zip(laid, sides, strict=True):
+                    lay(one, of, cell)
+                positions[cell[:1], cell[1:2]] = at
+                return rotated(found).flatten(0, 1)[None]
+
+            return attend
+
+        return (block(x, weights, shape, _Multiplying(), remember, cos, sin),)
 
     return step
 
@@ -267,7 +358,7 @@ def _flat(weights: dict) -> list[torch.Tensor]:
     return found
 
 
-def _rebuilt(signature: Signature, tensors: tuple[torch.Tensor, ...]) -> dict:
+def _rebuilt(signature: Signature, tensors: Iterable[torch.Tensor]) -> dict:
     left, found = iter(tensors), {}
     for name, kind in signature:
         if isinstance(kind, tuple):

@@ -129,9 +129,8 @@ class Delegating:
 
     def __reduce_ex__(self, protocol):
         """A copy is the packed model alone: a decoder is one place, and its text is one text."""
-        make, _, state, *more = super().__reduce_ex__(protocol)
-        packed = type(self).__bases__[1]
-        return make, (packed.__bases__[1],), {k: v for k, v in state.items() if k not in ("decoder", "_parts")}, *more
+        make, args, state, *more = super().__reduce_ex__(protocol)
+        return make, args, {k: v for k, v in state.items() if k not in ("decoder", "_parts")}, *more
 
 
 def delegate(model: nn.Module, decoder: Decoder) -> nn.Module:

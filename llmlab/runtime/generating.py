@@ -30,7 +30,10 @@ class Options:
     likeliest that together have this share (1: all). min_p: only those at least this share as likely as the likeliest
     (0: all). repeat_penalty: above 1 makes tokens of the last 64 less likely (1: off). seed: the same seed gives the same
     text (None: a new one each time). max_tokens: most new tokens (None: to the end of the turn or of the context).
-    stop: texts that end the answer; they are not part of it. Raises LabError, naming the option.
+    stop: texts that end the answer; they are not part of it. shift: what happens when the context is full. None: the answer
+    ends; a number: of what was read the older half is dropped but for the first so many tokens, again and again, and a prompt
+    may be longer than the context too (a lean decoder can; llama.cpp's --context-shift and --keep). Raises LabError, naming the
+    option.
     """
 
     temperature: float = 0.8
@@ -41,6 +44,7 @@ class Options:
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    shift: int | None = None
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -49,7 +53,7 @@ class Options:
         object.__setattr__(self, "stop", tuple(stop))
         for name, whole, low, high, says in _RANGES:
             value = getattr(self, name)
-            if value is None and name in ("seed", "max_tokens"):
+            if value is None and name in ("seed", "max_tokens", "shift"):
                 continue
             right = isinstance(value, int) or not whole and isinstance(value, float) and math.isfinite(value)
             if not right or isinstance(value, bool) or not low <= value <= high:
@@ -64,6 +68,7 @@ _RANGES = (              # option, whether it is whole, lowest, highest, what to
     ("repeat_penalty", False, 0.01, 100, "a number around 1, such as 1.1; 1 is no penalty"),
     ("seed", True, 0, 2**63 - 1, "a whole number from 0 up, or none for a new one each time"),
     ("max_tokens", True, 1, 2**31 - 1, "a whole number from 1 up, or none for no limit"),
+    ("shift", True, 0, 2**31 - 1, "how many first tokens stay when the context is full, from 0 up, or none to end there"),
 )
 
 
@@ -102,7 +107,8 @@ def _plural(word: str, count: int) -> str:
 
 class Reader(Protocol):
     """What `stream` reads with: the Memory of a transformers model, or a lean decoder, which remembers by itself. `tokens`:
-    read so far; `context`: most it may hold; `trained`: what it was trained for; the methods are Memory's."""
+    read so far; `context`: most it may hold; `trained`: what it was trained for; the methods are Memory's. A lean decoder has
+    `shift`, `check_shift` and `kept`, too."""
 
     tokens: list[int]
     context: int | None
@@ -135,10 +141,15 @@ class Shorter:
     def __init__(self, decoder: Reader, context: int):
         self.decoder, self.context, self.trained = decoder, context, decoder.trained
         self.forget, self.keep, self.read = decoder.forget, decoder.keep, decoder.read
+        self.shift, self.check_shift = decoder.shift, decoder.check_shift
 
     @property
     def tokens(self) -> list[int]:
         return self.decoder.tokens
+
+    @property
+    def kept(self) -> int | None:
+        return self.decoder.kept
 
 
 class Memory:
@@ -158,16 +169,18 @@ class Memory:
     def forget(self) -> None:
         """Empty it."""
         from .growing import growing_cache  # transformers from here on
+        from .packed_cache import PackedCache
 
         self.tokens: list[int] = []
-        self._cache = growing_cache(self.model.config)
+        kv = getattr(self.model, "kv", None)
+        self._cache = PackedCache(self.model.config, kv) if kv else growing_cache(self.model.config)
 
     def keep(self, tokens: list[int]) -> int:
         """Drop what is not the beginning of `tokens`; how many of them need not be read again (never all: the last one's
         logits are wanted)."""
         same = same_beginning(self.tokens, tokens)
         drop = len(self.tokens) - same
-        if drop and same and all(_shortens(layer) for layer in self._cache.layers):
+        if drop and same and all(_shortens(layer, drop) for layer in self._cache.layers):
             with whole(self):
                 self._cache.crop(-drop)
                 del self.tokens[same:]
@@ -194,10 +207,15 @@ def whole(memory: Reader) -> Iterator[None]:
         yield
     except BaseException as error:
         memory.forget()
-        if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)):
+        if out_of_memory(error):
             raise LabError(f"memory does not suffice to go on after {read:,} tokens; begin a new conversation, give a "
                            "smaller context, or a smaller model") from None
         raise
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's for too little memory."""
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def same_beginning(read: list[int], tokens: list[int]) -> int:
@@ -228,10 +246,12 @@ def _inner(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _shortens(layer) -> bool:
-    """Whether a layer's cache still has everything before its end: a window that has moved on has not."""
+def _shortens(layer, drop: int) -> bool:
+    """Whether a layer's cache can forget so many tokens: a window that has moved on has not kept what lies before."""
     if not getattr(layer, "is_croppable", True):
         return False
+    if hasattr(layer, "can_crop"):
+        return layer.can_crop(-drop)
     return not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
 
 
@@ -259,7 +279,7 @@ class Stream:
         self._stop_ids = {named[one] for one in options.stop if one in named}
         self._prompt = prompt_tokens(tokenizer, messages_or_text)
         self._choose = _Chooser(options)
-        _check_room(len(self._prompt), memory)
+        _check_room(len(self._prompt), memory, options.shift)
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -276,6 +296,8 @@ class Stream:
 
     def _run(self) -> Iterator[str]:
         clock, memory, prompt = _Clock(), self.memory, self._prompt
+        if self._options.shift is not None and memory.kept not in (None, self._options.shift):
+            memory.forget()                 # what was dropped there does not come back
         reused, ended, new = memory.keep(prompt), "stopped", []
         try:
             logits = self._read_prompt(prompt[reused:])
@@ -299,9 +321,10 @@ class Stream:
                 if len(new) == self._options.max_tokens:
                     ended = "limit"
                     break
-                if memory.context is not None and len(prompt) + len(new) >= memory.context:
+                if self._options.shift is None and memory.context is not None and len(prompt) + len(new) >= memory.context:
                     ended = "context full"
                     break
+                self._make_room(1)
                 logits = memory.read([token])
             text = stops.pass_on(words.rest())
             if stops.found:
@@ -313,17 +336,33 @@ class Stream:
                                clock.rate(), ended, self._choose.seed)
 
     def _read_prompt(self, tokens: list[int]) -> torch.Tensor | None:
-        logits = None
-        for start in range(0, len(tokens), _CHUNK):
+        logits, context, shift = None, self.memory.context, self._options.shift
+        step = _CHUNK if shift is None or context is None else min(_CHUNK, (context - shift) // 2)
+        for start in range(0, len(tokens), step):
             if self._stopped():
                 return None
-            logits = self.memory.read(tokens[start:start + _CHUNK])
+            part = tokens[start:start + step]
+            self._make_room(len(part))
+            logits = self.memory.read(part)
         return logits
 
+    def _make_room(self, tokens: int) -> None:
+        """For so many more, by dropping older ones where the options say so."""
+        memory, shift = self.memory, self._options.shift
+        while shift is not None and memory.context is not None and len(memory.tokens) + tokens > memory.context:
+            memory.shift(shift)
 
-def _check_room(tokens: int, memory: Reader) -> None:
+
+def _check_room(tokens: int, memory: Reader, shift: int | None) -> None:
     if not tokens:
         raise LabError("there is nothing to read; give a text or messages that are not empty")
+    if shift is not None:
+        if not hasattr(memory, "check_shift"):
+            raise LabError("going on past the context (shift) is for a lean decoder, llmlab.decoder; leave shift out")
+        memory.check_shift(shift)
+        if memory.context is not None and shift > memory.context - 2:
+            raise LabError(f"the first {shift:,} tokens are to stay and the context holds {memory.context:,}; keep fewer")
+        return
     if memory.context is not None and tokens >= memory.context:
         larger = memory.trained is not None and memory.trained > max(tokens, memory.context)
         remedy = (f"shorten it, or give a larger context (this model was trained with {memory.trained:,})" if larger else

@@ -12,9 +12,11 @@ import torch
 from torch.nn import functional
 
 Matmul = Callable[[torch.Tensor, object], torch.Tensor]     # x [tokens, cols], a matrix [rows, cols] -> [tokens, rows]
+# q [tokens, heads, head_dim] float32, turned and not scaled -> what each head of each token finds, the same shape.
+Attend = Callable[[torch.Tensor], torch.Tensor]
 # New keys and values [2, kv_heads, tokens, head_dim] float32 -> those to look at, [kv_heads, cells, head_dim] each, the new
-# ones at their end.
-Remember = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# ones at their end; or, of a cache that is no plain numbers, the function that looks at it.
+Remember = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor] | Attend]
 ROWS = 64       # tokens whose attention is computed together on a processor: of 32 to 512 the quickest for a text of 512
 
 
@@ -95,10 +97,14 @@ def attention(y: torch.Tensor, weights: dict, shape: LayerShape, matmul: Matmul,
     if "qk_norm" in weights:
         qk.copy_(norm(qk, weights, "qk_norm"))
     turn(qk, shape, cos, sin)
-    keys, values = remember(qkv[:, heads:].view(tokens, 2, kv_heads, head_dim).permute(1, 2, 0, 3))
-    q = qkv[:, :heads].mul_(shape.scale).view(tokens, kv_heads, heads // kv_heads, head_dim).to(keys.dtype)
-    sinks = weights.get("sinks")
-    found = one(q[0], keys, values, shape, mask, sinks) if tokens == 1 else many(q, keys, values, shape, mask, sinks)
+    held = remember(qkv[:, heads:].view(tokens, 2, kv_heads, head_dim).permute(1, 2, 0, 3))
+    if callable(held):
+        found = held(qkv[:, :heads])
+    else:
+        keys, values = held
+        q = qkv[:, :heads].mul_(shape.scale).view(tokens, kv_heads, heads // kv_heads, head_dim).to(keys.dtype)
+        sinks = weights.get("sinks")
+        found = one(q[0], keys, values, shape, mask, sinks) if tokens == 1 else many(q, keys, values, shape, mask, sinks)
     return project(found.reshape(tokens, -1).to(shape.dtype), weights, "out", matmul)
 
 

@@ -45,8 +45,8 @@ class PackedModel:
 
     def __reduce_ex__(self, protocol):
         """copy.deepcopy makes the object by this; pickling it ends in words at the first EmptyWeight."""
-        made = super().__reduce_ex__(protocol)
-        return _empty, (type(self).__bases__[1],), *made[2:]
+        made, order = super().__reduce_ex__(protocol), type(self).__mro__
+        return _empty, (order[order.index(PackedModel) + 1],), *made[2:]
 
     @property
     def _file(self) -> str:

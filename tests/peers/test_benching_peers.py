@@ -6,7 +6,8 @@ import pytest
 from llama_engine import llama_cpp
 from runtime_models import make
 
-from llmlab.benching import bench
+from llmlab import LabError
+from llmlab.benching import bench, llama
 from llmlab.benching.result import DECODE, DEEP, PREFILL
 from llmlab.cli import main
 
@@ -49,3 +50,26 @@ def test_a_file_a_peer_cannot_run_is_a_line(tmp_path, capsys):
                  "--deep", "0", "--json"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert plain["lanes"][0]["failed"].startswith("its experts stay packed") and "nobody could run it" in plain["answer"]
+
+
+@pytest.mark.parametrize("kv", [None, ["q8_0", "q4_0"]])
+def test_a_context_laid_down_in_llama_cpp(smollm2, kv):
+    """Its state written by us and taken by it: as many cells as were read change nothing; more are more."""
+    engine = llama.open({"path": str(smollm2), "threads": 1, "context": 512, "kv": kv})
+    tokens = list(range(100, 140))
+    engine.read(tokens)
+    told = engine.scores([7])
+    engine.forget()
+    engine.read(tokens)
+    engine.deepen(len(tokens))
+    assert abs(engine.scores([7]) - told).max() < 1e-4
+    engine.forget()
+    engine.read(tokens)
+    engine.deepen(300)
+    last = llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(engine._context), 0)
+    assert last == 299 and abs(engine.scores([7]) - told).max() > 1e-2
+
+
+def test_a_cache_type_that_llama_cpp_has_not(smollm2):
+    with pytest.raises(LabError, match="no cache in fp8"):
+        llama.open({"path": str(smollm2), "threads": 1, "context": 64, "kv": ["fp8", "fp8"]})
