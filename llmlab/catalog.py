@@ -61,8 +61,8 @@ class Quality:
     """How far a model's answers drift: perplexity (None where not published) and mean KL divergence. Of Llama 3 8B on the
     wikitext-2 test, or of SmolLM2 135M as `measured_quality` says.
 
-    `what` is a quant, "mix at Q4_K_M", or the cache types "q8_0/q4_0" of K and V. Figures compare within one table only; None
-    where nothing was published.
+    `what` is a quant, one of a longer search ("Q4_K_M high": effort="high"), "mix at Q4_K_M", or the cache types "q8_0/q4_0" of
+    K and V. Figures compare within one table only; None where nothing was published.
     """
 
     what: str
@@ -77,6 +77,9 @@ class Quality:
     loss: float | None  # perplexity over that of the table's f16, less 1: 0.028 is 2.8 % worse
     error: float | None = None  # of mean_kld, one standard error
     p99_kld: float | None = None  # of a hundred tokens one drifts further
+    tokens_per_second: float | None = None  # written one at a time by the lean decoder, uncompiled
+    timed: str = ""  # where and when: processor, threads, date
+    by_depth: tuple[tuple[int, float], ...] = ()  # of a cache: (position a token stands before, mean_kld from the last such on)
 
 
 @dataclass(frozen=True)
@@ -432,13 +435,15 @@ def quality() -> dict[tuple[str, bool], Quality]:
 def measured_quality() -> dict[tuple[str, bool], Quality]:
     """SmolLM2 135M by (quant, importance matrix or not), measured by tests/bench/bench_rates.py: {("Q4_K_M", False): Quality}.
 
-    The original are the weights of its quantized file moved off their grid (`quality.unrounded`), and its rows of 576 weights
-    do not divide into blocks of 256: most tensors of a K quant are in the fallback types that `note` counts.
+    "Q4_K_M high" has the same types, their blocks found by the longer search. The original are the weights of its quantized
+    file moved off their grid (`quality.unrounded`), and its rows of 576 weights do not divide into blocks of 256: most tensors
+    of a K quant are in the fallback types that `note` counts.
     """
     return {(row["quant"], row["imatrix"] != "None"): Quality(
         row["quant"], row["imatrix"] != "None", float(row["perplexity"]), float(row["mean_kld"]), row["source"], row["note"],
         float(row["bits_per_weight"]), int(row["bytes"]), float(row["rms_delta_p_percent"]) / 100, float(row["ratio"]) - 1,
-        float(row["mean_kld_error"]), float(row["p99_kld"])) for row in _rows("quality_smollm2_135m.csv")}
+        float(row["mean_kld_error"]), float(row["p99_kld"]), _number(row["tokens_per_second"]), row["timed"])
+        for row in _rows("quality_smollm2_135m.csv")}
 
 
 @cache
@@ -448,6 +453,32 @@ def kv_quality() -> dict[tuple[str, str], Quality]:
     f16 = next(float(row["perplexity"]) for row in rows if row["k"] == row["v"] == "f16")
     return {(row["k"], row["v"]): _quality(f"{row['k']}/{row['v']}", False, row, f16, row["bits_per_value"], None)
             for row in rows}
+
+
+@cache
+def measured_kv_quality(rotate: bool = False, recent: int = 0, sinks: int = 0,
+                        context: int = 1024) -> dict[tuple[str, str], Quality]:
+    """SmolLM2 135M Instruct by (K type, V type), measured by tests/bench/bench_cache_quality.py against a cache of f32:
+    {("q8_0", "q4_0"): Quality}.
+
+    Of caches that are rotated, that keep `recent` and `sinks` tokens in f16 besides, and read chunks of `context`: 1024, some
+    4096; empty where nothing was measured. Every token of a chunk is scored. Heads of 64 numbers in a small model: what a type
+    loses here is more than larger models lose; the order and the ratios say more than the figures.
+    """
+    wanted = {"rotate": str(bool(rotate)), "recent": str(recent), "sinks": str(sinks), "context": str(context)}
+    found = {}
+    for row in _rows("kv_quality_smollm2_135m.csv"):
+        if all(row[name] == value for name, value in wanted.items()):
+            depths = ((int(name.rpartition("_")[2]), _number(value)) for name, value in row.items()
+                      if name.startswith("kld_to_"))
+            what = ", ".join([f"{row['k']}/{row['v']}", *["rotated"] * rotate, *[f"{recent} recent"] * (recent > 0),
+                              *[f"{sinks} sinks"] * (sinks > 0)])
+            found[row["k"], row["v"]] = Quality(
+                what, False, float(row["perplexity"]), float(row["mean_kld"]), row["source"], row["note"],
+                float(row["bits_per_value"]), None, float(row["rms_delta_p_percent"]) / 100, float(row["ratio"]) - 1,
+                float(row["mean_kld_error"]), float(row["p99_kld"]),
+                by_depth=tuple((edge, kld) for edge, kld in depths if kld is not None))
+    return found
 
 
 def _quality(what: str, importance: bool, row: dict, f16: float, bits: str, size: int | None) -> Quality:

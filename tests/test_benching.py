@@ -13,7 +13,7 @@ from runtime_models import divergence as reference_divergence
 from runtime_models import make
 
 from llmlab import LabError
-from llmlab.benching import Bench, bench, child, entries, rounds
+from llmlab.benching import Bench, bench, child, dense, entries, lean, rounds
 from llmlab.benching.children import Child
 from llmlab.benching.result import DECODE, DEEP, PREFILL, Lane
 from llmlab.cli import main
@@ -287,3 +287,39 @@ def test_the_parent_stays_light(tiny):
             "print(sorted({'torch', 'transformers', 'llama_cpp'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]" and "deep is 9999" in done.stderr
+
+
+# ---- contexts that nobody read ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kv", [None, "q8_0"])
+def test_a_laid_down_context_repeats_what_was_read(tiny, kv):
+    engine = lean.open({"path": str(tiny), "way": "decoder", "strategy": "compact", "dtype": "float32", "kv": kv})
+    engine.read(list(range(1, 41)))
+    engine.deepen(300)
+    memory = engine._memory
+    assert len(memory.tokens) == 300 and engine.read([5]) >= 0 and len(memory.tokens) == 301
+    for cache in memory.caches:
+        for side in (cache.keys, cache.values) if kv else cache:
+            cells = lean._numbers(side, 300)[0] if kv else side
+            assert cells[:, :40].abs().max() > 0
+            assert torch.equal(cells[:, 40:300], cells[:, torch.arange(260) % 40]), kv
+
+
+def test_a_laid_down_context_of_a_packed_transformers_cache(tiny):
+    engine = dense.open({"path": str(tiny), "way": "packed", "kv": ["q8_0", "q4_0"]})
+    engine.read([1, 2, 3])
+    engine.deepen(300)
+    assert engine._cache.get_seq_length() == 300 and engine.read([4]) >= 0 and engine._cache.get_seq_length() == 301
+    assert "q8_0" in engine.about["why"] and engine._cache.kv == ("q8_0", "q4_0")
+
+
+def test_each_token_that_was_written_has_its_seconds(tiny):
+    found = Child("fast", "lean", 1)
+    try:
+        found.ask("open", job={"path": str(tiny), "threads": 1, "born": 0.0, "way": "decoder", "strategy": "compact",
+                               "dtype": None, "kv": ["q8_0", "q8_0"]})
+        assert found.ask("deepen", tokens=[1, 2, 3], depth=64)["seconds"] > 0
+        took = found.ask("write", tokens=[4, 5, 6], after=None)
+        assert len(took["each"]) == 3 and abs(sum(took["each"]) - took["seconds"]) < 1e-6
+    finally:
+        found.close()

@@ -263,8 +263,51 @@ def test_measured_quality_is_one_table():
         assert 0 < one.error < one.mean_kld < one.p99_kld and one.loss == pytest.approx(float(row["ratio"]) - 1)
         assert sum(int(part.split()[0]) for part in one.note.split(", ")) == 211, row      # matrices, by their types
         if one.what.startswith("mix at "):
-            assert one.bytes <= read[one.what.removeprefix("mix at "), True].bytes * 1.001
-    assert read["Q8_0", False].mean_kld == min(one.mean_kld for one in read.values())
+            assert one.bytes <= read[one.what.removeprefix("mix at ").removesuffix(" high"), True].bytes * 1.001
+        assert (one.tokens_per_second is None) == (not one.timed)
+    assert min(read.values(), key=lambda one: one.mean_kld).what.startswith("Q8_0")
+
+
+def test_a_longer_search_is_better_at_the_same_bytes():
+    """With an importance matrix; without one 510 tokens hardly tell the two apart."""
+    read, seen = catalog.measured_quality(), 0
+    for (name, matrix), one in read.items():
+        if name.endswith(" high"):
+            usual = read.get((name.removesuffix(" high"), matrix)) or read[name.removesuffix(" high"), False]
+            assert one.note == usual.note and abs(one.bytes - usual.bytes) < 1000, name
+            assert one.mean_kld < usual.mean_kld + (0 if matrix else usual.error), name
+            seen += 1
+    assert seen
+
+
+def test_measured_kv_quality_is_one_table():
+    rows, read = table("kv_quality_smollm2_135m.csv"), catalog.measured_kv_quality()
+    assert {row["context"] for row in rows} <= {"1024", "4096"} and {("q8_0", "q8_0"), ("q8_0", "q4_0")} <= set(read)
+    base = {}
+    for row in rows:
+        base.setdefault(row["context"], set()).add(round(float(row["perplexity"]) / float(row["ratio"]), 2))
+        assert 0 < float(row["mean_kld_error"]) < float(row["mean_kld"]) < float(row["p99_kld"])
+        reached = [float(row[f"kld_to_{edge}"]) for edge in (512, 1024, 2048, 4096) if row[f"kld_to_{edge}"]]
+        assert len(reached) == {"1024": 2, "4096": 4}[row["context"]] and int(row["tokens"]) == int(row["context"]) - 1
+        assert min(reached) <= float(row["mean_kld"]) <= max(reached)
+    assert all(max(found) - min(found) < 0.02 for found in base.values())       # one reference, whatever was held against it
+    settings = {(row["rotate"] == "True", int(row["recent"]), int(row["sinks"]), int(row["context"])) for row in rows}
+    kept = [one for each in settings for one in catalog.measured_kv_quality(*each).values()]
+    assert len(kept) == len(rows) == len({(*one.what.split(", "), len(one.by_depth)) for one in kept})
+    both, keys, values = (read[pair] for pair in (("q4_0", "q4_0"), ("q4_0", "q8_0"), ("q8_0", "q4_0")))
+    assert both.bits == 4.5 and keys.bits == values.bits == 6.5 and keys.mean_kld > 5 * values.mean_kld    # keys matter more
+    assert catalog.measured_kv_quality(context=77) == {}
+
+
+def test_needles_are_found_less_with_fewer_bits():
+    rows = table("kv_needles_smollm2_135m.csv")
+    mean = {}
+    for row in rows:
+        assert 0 <= float(row["found"]) <= 1 and 0 <= float(row["depth"]) <= 1 and int(row["needles"]) >= 1
+        mean.setdefault(tuple(row[name] for name in ("k", "v", "rotate", "recent", "sinks", "length")), []).append(
+            float(row["log_likelihood"]))
+    plain = {key[0]: sum(found) / len(found) for key, found in mean.items() if key[0] == key[1] and key[2] == "False"}
+    assert len({len(found) for found in mean.values()}) == 1 and plain["q4_0"] < plain["f32"] < 0
 
 
 def test_scores_name_models_by_id():

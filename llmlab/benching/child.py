@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from importlib import import_module
+from itertools import pairwise
 
 from ..errors import LabError
 from ..probes import peak_resident, reset_peak, resident
@@ -50,10 +51,11 @@ class Commands:
         if after is not None:
             self.engine.forget()
             self.engine.read(after)
-        start = time.perf_counter()
+        times = [time.perf_counter()]
         for token in tokens:
             self.engine.read([token])
-        return {"seconds": time.perf_counter() - start}
+            times.append(time.perf_counter())
+        return {"seconds": times[-1] - times[0], "each": [after - before for before, after in pairwise(times)]}
 
     def fill(self, tokens: list[int], room: int) -> dict:
         """A long prompt into an empty memory that has room for more."""
@@ -61,6 +63,15 @@ class Commands:
         start = time.perf_counter()
         for at in range(0, len(tokens), CHUNK):
             self.engine.read(tokens[at:at + CHUNK])
+        return {"seconds": time.perf_counter() - start}
+
+    def deepen(self, tokens: list[int], depth: int) -> dict:
+        """Memory as after `depth` tokens, with little reading: `tokens` are read and the engine then lays down the like of
+        them; seconds are of that alone."""
+        self.engine.forget()
+        self.engine.read(tokens)
+        start = time.perf_counter()
+        self.engine.deepen(depth)
         return {"seconds": time.perf_counter() - start}
 
     def memory(self) -> dict:

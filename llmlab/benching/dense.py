@@ -55,16 +55,21 @@ def set_threads(job: dict) -> None:
 
 
 class open:
-    """A transformers model and its usual cache."""
+    """A transformers model and its usual cache. With `kv` in the job one that transformers quantizes ("quanto-4", "hqq-8"), or
+    llmlab's packed one, for a pair of types."""
 
     def __init__(self, job: dict):
         import torch
         self._torch = torch
         if job["way"] == "transformers":
             self._model, why = _of_file(job["path"]), "from_pretrained(gguf_file=...), as it does by itself"
+        elif job["way"] == "packed":
+            self._model, why = _packed(job["path"], job.get("dtype"))
         else:
             self._model, why = _UNPACKED[job["way"]](job["path"])
         self._model.requires_grad_(False).eval()
+        self._kv = job.get("kv")
+        why += f"; its cache in {self._kv}" if self._kv else ""
         self.about = {"dtype": str(self._model.dtype).removeprefix("torch."), "held": _held(self._model), "why": why}
         self.forget()
 
@@ -73,7 +78,18 @@ class open:
 
     def forget(self) -> None:
         from transformers import DynamicCache
-        self._cache = DynamicCache(config=self._model.config)
+        self._cache = _other_cache(self._kv, self._model) if self._kv else DynamicCache(config=self._model.config)
+
+    def deepen(self, tokens: int) -> None:
+        """As if so many tokens had been read: noise as keys and values, given to the cache at once."""
+        config = self._model.config.get_text_config()
+        heads, width = config.num_key_value_heads, getattr(config, "head_dim", None)
+        shape = 1, heads, tokens, width or config.hidden_size // config.num_attention_heads
+        self.forget()
+        with self._torch.inference_mode():
+            for layer in range(config.num_hidden_layers):
+                keys, values = (self._torch.randn(shape).to(self._model.dtype) for _ in range(2))
+                self._cache.update(keys, values, layer)
 
     def read(self, tokens: list[int]) -> int:
         with self._torch.inference_mode():
@@ -84,6 +100,21 @@ class open:
         with self._torch.inference_mode():
             out = self._model(self._torch.tensor([tokens]), past_key_values=self._cache, use_cache=True)
             return out.logits[0].float().numpy()
+
+
+def _other_cache(kv: str | list[str], model):
+    """llmlab's PackedCache by its types, or transformers' QuantizedCache by a backend and its bits, grouped along the axis that
+    its documentation recommends for the backend (docs/source/en/kv_cache.md). Raises LabError."""
+    if not isinstance(kv, str):
+        from ..runtime.packed_cache import PackedCache
+        return PackedCache(model, tuple(kv))
+    from transformers import QuantizedCache
+    backend, _, bits = kv.partition("-")
+    axis = 1 if backend == "hqq" else 0
+    try:
+        return QuantizedCache(backend, model.config, nbits=int(bits), axis_key=axis, axis_value=axis, q_group_size=64)
+    except (ImportError, ValueError) as error:
+        raise LabError(f"transformers has no cache in {kv} here: {' '.join(str(error).split())[:200]}") from None
 
 
 def _of_file(path: str):
@@ -114,6 +145,11 @@ def _nf4(path: str):
         made.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         return made.to("cpu")
     return _unpacked(path, dtype, quantized), f"bitsandbytes {bitsandbytes.__version__}; output matrix and embedding unpacked"
+
+
+def _packed(path: str, dtype: str | None):
+    from ..loading import load
+    return load(path, device="cpu", dtype=dtype, strategy="fast")[0], "llmlab's packed matrices in transformers' own modules"
 
 
 _UNPACKED = {"bf16": _bf16, "nf4": _nf4}

@@ -36,7 +36,7 @@ class _Decoder:
         from ..runtime.decoder import Decoder
         wanted, made, dtype = job["way"] == "compiled", [], job["dtype"] and DTYPES[job["dtype"]]
         self._memory = memory = Decoder.open(job["path"], dtype=dtype, strategy=job["strategy"], compile=wanted,
-                                             progress=made.append)
+                                             progress=made.append, kv=job.get("kv"))
         if wanted and not memory.compiled:     # what runs instead is a strategy of its own name
             raise LabError(memory.why.partition(";")[0])
         again = "; compiled just now, the next start takes it from the disk" if made else ""
@@ -49,6 +49,22 @@ class _Decoder:
     def forget(self) -> None:
         self._memory.forget()
 
+    def deepen(self, tokens: int) -> None:
+        """As if so many tokens had been read: keys and values of those that were, over and over."""
+        import torch
+        memory, read = self._memory, len(self._memory.tokens)
+        memory.grow(tokens)
+        for cache in memory.caches:
+            if memory.kv:
+                sides = [_numbers(pages, read) for pages in (cache.keys, cache.values)]
+            for start in range(read, tokens, read):
+                stop = min(start + read, tokens)
+                if memory.kv:
+                    cache.append(*(side[:, :, :stop - start] for side in sides), torch.arange(start, stop))
+                else:
+                    cache[:, :, start:stop] = cache[:, :, :stop - start]
+        memory.tokens += [0] * (tokens - read)
+
     def read(self, tokens: list[int]) -> int:
         return int(self._memory.read(tokens).argmax())
 
@@ -56,6 +72,13 @@ class _Decoder:
         if len(tokens) == 1:                   # as it writes
             return self._memory.read(tokens)[None].numpy()
         return self._memory.logits(tokens).numpy()
+
+
+def _numbers(pages, count: int):
+    """The first `count` cells of a text, [1, kv_heads, count, head_dim]."""
+    from ..kernels.pages import PAGE
+    found = pages.numbers(0, -(-count // PAGE))
+    return found.permute(0, 2, 1, 4, 3).flatten(2, 3)[:, :, :count]
 
 
 class _Modules:

@@ -13,6 +13,7 @@ from .map_state import MapState
 from .state import FitState
 
 _RUNNING = {      # name -> module that needs torch
+    "CacheExplorer": "cache_panel", "CacheState": "cache_state", "HeatState": "cache_heat",
     "ChatPanel": "chat_panel", "ChatState": "chat_state", "CompileExplorer": "compile_panel", "CompileState": "compile_state",
     "QuantizationExplorer": "quantization_panel",
     "QuantizationState": "quantization_state", "TwinState": "quantization_twin", "quality_figure": "quantization_figures",

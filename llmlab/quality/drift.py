@@ -193,12 +193,12 @@ def divergence(model: Callable, reference: Callable | Reference | str | os.PathL
             bar.update()
             if stopped():
                 break
-    columns = _ByToken(*map(np.concatenate, zip(*found, strict=True)))
+    columns = ByToken(*map(np.concatenate, zip(*found, strict=True)))
     name = reference.model if isinstance(reference, Reference) else passes.name_of(reference)
     return Divergence(passes.name_of(model), name, context, len(found), **columns._asdict())
 
 
-class _ByToken(NamedTuple):
+class ByToken(NamedTuple):
     """What `Divergence` keeps by token."""
 
     kld: np.ndarray
@@ -233,13 +233,13 @@ def _of_reference(reference: Reference, tokens, context, chunks) -> tuple[Tokens
     return kept, reference.context, count
 
 
-def _chunk(model, reference, tokens: Tokens, index: int, context: int, memory: tuple[passes.Held, ...]) -> _ByToken:
+def _chunk(model, reference, tokens: Tokens, index: int, context: int, memory: tuple[passes.Held, ...]) -> ByToken:
     """Every figure by token of one chunk."""
     ids, targets, out = tokens.chunk(index, context), next_tokens(tokens, index, context), []
     for rows, base in _together(model, reference, ids, index, memory):
         wanted = targets[sum(len(part.kld) for part in out):][:len(rows)]
-        out.append(_compare(rows, base, wanted, getattr(reference, "least", -inf), memory[2]))
-    return _ByToken(*map(np.concatenate, zip(*out, strict=True)))
+        out.append(compare(rows, base, wanted, getattr(reference, "least", -inf), memory[2]))
+    return ByToken(*map(np.concatenate, zip(*out, strict=True)))
 
 
 def _together(model, reference, ids: np.ndarray, index: int,
@@ -257,7 +257,7 @@ def _together(model, reference, ids: np.ndarray, index: int,
         yield passes.log_probabilities(rows, spare), base if saved else passes.log_probabilities(base, spare)
 
 
-def _compare(rows: torch.Tensor, base: torch.Tensor, wanted: torch.Tensor, least: float, spare: passes.Held) -> _ByToken:
+def compare(rows: torch.Tensor, base: torch.Tensor, wanted: torch.Tensor, least: float, spare: passes.Held) -> ByToken:
     """Figures by token from log-probabilities; what the reference gives a log-probability of `least` or less adds nothing.
     `rows` are written over."""
     nll, base_nll = -pick(rows, wanted), -pick(base, wanted)
@@ -266,4 +266,4 @@ def _compare(rows: torch.Tensor, base: torch.Tensor, wanted: torch.Tensor, least
     apart *= torch.exp(base, out=spare(*base.shape, base.device))
     kld = apart.masked_fill_(base <= least, 0).sum(dim=-1)
     dp = (-nll).exp() - (-base_nll).exp()
-    return _ByToken(*(column.cpu().numpy() for column in (kld, nll, base_nll, dp, same)))
+    return ByToken(*(column.cpu().numpy() for column in (kld, nll, base_nll, dp, same)))
