@@ -11,10 +11,16 @@ from ..errors import LabError
 PAUSE = 0.1         # seconds between two looks at what is coming: a page needs no more
 
 
+class Stopped(Exception):
+    """Ends work from within that `end()` was called for."""
+
+
 class Background(t.HasTraits):
-    """`running` while there is work, `error` in one line where it went wrong; `end()` ends it, `wait()` waits for it."""
+    """`running` while there is work, `progress` says what is being done, `error` in one line where it went wrong; `end()` ends
+    it, `wait()` waits for it."""
 
     running = t.Bool(read_only=True)
+    progress = t.Unicode(read_only=True)
     error = t.Unicode(read_only=True)
 
     def __init__(self, **settings):
@@ -36,6 +42,25 @@ class Background(t.HasTraits):
         self._stopping.clear()
         self._thread = threading.Thread(target=work, args=given, daemon=True, name=f"llmlab {name}")
         self._thread.start()
+
+    def _through(self, doing: str, work: Callable, *given) -> None:
+        """Call `work(*given)` to its end, or until `_say` finds that it is to end; what went wrong is said."""
+        error = ""
+        try:
+            work(*given)
+        except Stopped:
+            pass
+        except Exception as wrong:
+            error = said_of(wrong, doing)
+        finally:
+            stopped = self._stopping.is_set()
+            self._set(error="" if stopped else error, running=False, progress="Stopped." if stopped else "")
+
+    def _say(self, text: str) -> None:
+        """Show what is being done. Raises Stopped where it is to end."""
+        if self._stopping.is_set():
+            raise Stopped
+        self.set_trait("progress", text)
 
     def _finish(self) -> None:
         """Wait; Ctrl-C ends the work too. Raises LabError where it went wrong."""

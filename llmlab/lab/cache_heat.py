@@ -13,6 +13,7 @@ from ..runtime.cache import turned
 from ..starting import decoder
 from .background import Background, said_of
 from .quantization_state import path_of
+from .settable import settable
 
 TEXT = ("Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or "
         "twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it.")
@@ -20,7 +21,6 @@ MOST_TOKENS = 96            # that are read, and drawn
 SIDES = ("K", "V")
 PACKED = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 PLACE = {"text": TEXT, "side": "K", "layer": 0, "head": 0, "rotated": False}
-_Place = type("_Place", (t.HasTraits,), {name: t.Any(value) for name, value in PLACE.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def _lost(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return ((kept - x).square().mean((-2, -1)) / x.square().mean((-2, -1)).clamp(min=1e-30)).sqrt()
 
 
-class HeatState(_Place, Background):
+class HeatState(settable(PLACE), Background):
     """Where one looks as traits; `heat` follows once the model has read the text.
 
     text: what it reads (its first 96 tokens). side: "K" or "V". layer, head: KV head. rotated: by a Hadamard matrix before it
@@ -77,9 +77,9 @@ class HeatState(_Place, Background):
     answer.
     """
 
+    WHOSE = " of a heat map"
     heat = t.Instance(Heat, allow_none=True, read_only=True)
     tokens = t.List(t.Unicode(), read_only=True)         # those that were read
-    progress = t.Unicode(read_only=True)
 
     def __init__(self, caches, file=None, **settings):
         """file: a GGUF's path, None for the small model llmlab uses everywhere. Raises LabError for a name that is no
@@ -88,15 +88,6 @@ class HeatState(_Place, Background):
         super().__init__()
         self.update(**settings)
         caches.observe(self._follow, ["look"])
-
-    def update(self, **settings) -> None:
-        """Change several settings. Raises LabError for a name that is no setting."""
-        for name in settings:
-            if name not in PLACE:
-                raise LabError(f"{name!r} is no setting of a heat map; there are {', '.join(PLACE)}")
-        with self.hold_trait_notifications():
-            for name, value in settings.items():
-                setattr(self, name, value)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -19,20 +19,16 @@ from ..roofline import Ceilings, ceilings
 from ..runtime.decoder import Decoder
 from ..shapes import ModelSpec, model_spec
 from ..units import format_bytes, format_rate
-from .background import Background, said_of
+from .background import Background, Stopped
 from .cache_costs import Pair, kv_words
 from .quantization_state import path_of
+from .settable import settable
 
 TOKENS = 8                  # timed at each context, the quickest counts
 PIECE = 256                 # cells filled at once, so that it can be stopped
 CONTEXTS, MOST = (256, 1024, 4096), 2**17
 MOST_TYPES = 6              # that a chart tells apart
 SETTINGS = {"file": None, "contexts": CONTEXTS, "types": ("f16", "q8_0", "q4_0")}
-_Settings = type("_Settings", (t.HasTraits,), {name: t.Any(value) for name, value in SETTINGS.items()})
-
-
-class _Stopped(Exception):
-    pass
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Point:
     modelled: Band | None
 
 
-class MeasureState(_Settings, Background):
+class MeasureState(settable(SETTINGS), Background):
     """file: a GGUF's path, None for the small model llmlab uses everywhere. contexts: tokens that lie behind the timed ones,
     as noise (see `fill`); multiples of 256, so that every cell is in use. types: cache types, or pairs for K and V. Measured:
     `points`, growing while `running`; `ceilings` of the machine.
@@ -58,21 +54,13 @@ class MeasureState(_Settings, Background):
     be used.
     """
 
+    WHOSE = " of a measurement"
     points = t.Tuple(read_only=True)
     ceilings = t.Instance(Ceilings, allow_none=True, read_only=True)
-    progress = t.Unicode(read_only=True)
 
     def __init__(self, **settings):
         super().__init__()
         self.update(**settings)
-
-    def update(self, **settings) -> None:
-        """Change several settings. Raises LabError for a name that is no setting."""
-        for name in settings:
-            if name not in SETTINGS:
-                raise LabError(f"{name!r} is no setting of a measurement; there are {', '.join(SETTINGS)}")
-        for name, value in settings.items():
-            setattr(self, name, value)
 
     # ---- in words -----------------------------------------------------------------------------------------------
 
@@ -139,7 +127,7 @@ class MeasureState(_Settings, Background):
                            "types, and a context")
         file = read_gguf(path_of(self.file))
         self._set(error="", points=(), progress="Measuring what this machine allows.", running=True)
-        self._begin("cache", self._work, file, kvs, contexts)
+        self._begin("cache", self._through, "measuring a cache", self._measure, file, kvs, contexts)
 
     def run(self) -> str:
         """Start, wait, and return the answer. Raises LabError where something went wrong."""
@@ -147,27 +135,13 @@ class MeasureState(_Settings, Background):
         self._finish()
         return self.answer
 
-    def _work(self, file: GGUFFile, kvs: list[Pair], contexts: list[int]) -> None:
-        error = ""
-        try:
-            self.set_trait("ceilings", ceilings())
-            spec = model_spec(file.paths[0])
-            for n in contexts:
-                for kv in kvs:
-                    self._say(f"{kv_words(kv)}, {n:,} tokens: opening the model.")
-                    self.set_trait("points", (*self.points, self._point(file, spec, kv, n)))
-        except _Stopped:
-            pass
-        except Exception as wrong:
-            error = said_of(wrong, "measuring a cache")
-        finally:
-            stopped = self._stopping.is_set()
-            self._set(error="" if stopped else error, running=False, progress="Stopped." if stopped else "")
-
-    def _say(self, text: str) -> None:
-        if self._stopping.is_set():
-            raise _Stopped
-        self.set_trait("progress", text)
+    def _measure(self, file: GGUFFile, kvs: list[Pair], contexts: list[int]) -> None:
+        self.set_trait("ceilings", ceilings())
+        spec = model_spec(file.paths[0])
+        for n in contexts:
+            for kv in kvs:
+                self._say(f"{kv_words(kv)}, {n:,} tokens: opening the model.")
+                self.set_trait("points", (*self.points, self._point(file, spec, kv, n)))
 
     def _point(self, file: GGUFFile, spec: ModelSpec, kv: Pair, context: int) -> Point:
         reader = Decoder.open(file, strategy="compact", dtype=torch.float32, context=context, kv=kv)
@@ -177,7 +151,7 @@ class MeasureState(_Settings, Background):
         took = []
         for token in tokens:
             if self._stopping.is_set():
-                raise _Stopped
+                raise Stopped
             begun = time.perf_counter()
             reader.read([token])
             took.append(time.perf_counter() - begun)

@@ -14,8 +14,7 @@ from .cache_measuring import SETTINGS, MeasureState
 from .cache_state import TYPES, CacheState, cost_words, longest_words, speed_words, whole_words
 from .folds import Folds
 from .live import Chart, Keys, Words
-from .panel import Panel, offer, put
-from .style import BLUE, RED
+from .panel import Panel, offer, put, told
 from .table import Rows
 
 KEPT = (0, 16, 32, 64, 128, 256, 512, 1024)
@@ -47,18 +46,6 @@ class CacheExplorer(Panel):
         self.state.observe(self._show, ["look", "error"])
         self.heat.observe(self._show_folds, ["heat", "progress", "running", "error", *PLACE])
         self.measure.observe(self._show_folds, ["points", "progress", "running", "error", *SETTINGS])
-
-    @property
-    def answer(self) -> str:
-        """What the panel says in words: the state's answer, or what is wrong."""
-        return self.state.error or self.state.answer
-
-    def unfold(self, title: str):
-        """Open one of the folds below the charts by its title; the box that it holds."""
-        return self.folds.unfold(title)
-
-    def __repr__(self) -> str:
-        return f"<{self.answer}>"
 
     # ---- making the widgets -----------------------------------------------------------------------------
 
@@ -135,12 +122,5 @@ class CacheExplorer(Panel):
 
     def _say(self, problem: str) -> None:
         look = self.state.look
-        lines = [f'<div style="{_HEADLINE}">{escape(whole_words(look))}</div>',
-                 *(f"<div>{escape(text)}</div>" for text in (cost_words(look), longest_words(look), speed_words(look)) if text)]
-        wrong = f"<b>{escape(problem)}</b><br>Below is the last answer that could be given." if problem else ""
-        put(self.said, html="".join(f'<div style="{_BLOCK}border-color:{edge}">{text}</div>' for edge, text in (
-            (RED, wrong), (BLUE, "".join(lines))) if text))
-
-
-_HEADLINE = "font-size:1.15em;font-weight:600"
-_BLOCK = "line-height:1.45;padding:2px 0 2px 10px;margin:2px 0;border-left:4px solid;white-space:normal;"
+        more = cost_words(look), longest_words(look), speed_words(look)
+        put(self.said, html=told(escape(whole_words(look)), more, problem))

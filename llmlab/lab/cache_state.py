@@ -25,13 +25,13 @@ from .cache_costs import (
     row_words,
     steps,
 )
+from .settable import settable
 from .state import THIS_MACHINE
 
 TYPES = tuple(name for name in CACHE_TYPES if name != "fp8")      # those that llama.cpp has too
 MOST_KEPT = 4096
 DEFAULTS = {"model": "llama-3.1-8b", "context": 32768, "k": "f16", "v": "f16", "recent": 0, "sinks": 0,
             "card": "rtx-3060-12gb", "quant": None}
-_Settings = type("_Settings", (t.HasTraits,), {name: t.Any(value) for name, value in DEFAULTS.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Look:
         return self.curves[-1].longest
 
 
-class CacheState(_Settings):
+class CacheState(settable(DEFAULTS)):
     """The settings as traits; `look` follows, and in words `answer` and `error`.
 
     model: what llmlab.model takes. context: tokens. k, v: the cache types of keys and values (`kv=` is both, a type or a pair).
@@ -67,16 +67,17 @@ class CacheState(_Settings):
     def __init__(self, **settings):
         """Raises LabError for settings that cannot be used: there is no last good look yet."""
         self._asked = self._read = self._here = None
-        super().__init__(**_known(settings))
+        super().__init__(**self._known(settings))
         self._follow()
         if self.look is None:
             raise LabError(self.error)
 
-    def update(self, **settings) -> None:
-        """Change several settings and look once. Raises LabError for a name that is no setting."""
-        with self.hold_trait_notifications():
-            for name, value in _known(settings).items():
-                setattr(self, name, value)
+    def _known(self, settings: dict) -> dict:
+        settings = dict(settings)
+        if "kv" in settings:
+            kv = settings.pop("kv")
+            settings |= dict(zip("kv", kv if isinstance(kv, (tuple, list)) and len(kv) == 2 else (kv, kv), strict=True))
+        return super()._known(settings)
 
     @property
     def kv(self) -> Pair:
@@ -131,17 +132,6 @@ class CacheState(_Settings):
             self._here = self._here or hardware.machine()
             return self._here
         return None if card is None else catalog.gpu(card)
-
-
-def _known(settings: dict) -> dict:
-    settings = dict(settings)
-    if "kv" in settings:
-        kv = settings.pop("kv")
-        settings |= dict(zip("kv", kv if isinstance(kv, (tuple, list)) and len(kv) == 2 else (kv, kv), strict=True))
-    for name in settings:
-        if name not in DEFAULTS:
-            raise LabError(f"{name!r} is no setting; there are {', '.join(DEFAULTS)}")
-    return settings
 
 
 def _beside(spec: ModelSpec, context: int, kv: Pair, mine: Cost) -> dict[str, Cost | str]:

@@ -54,13 +54,6 @@ class ChatPanel(Panel):
         """The last answer in words, or what is wrong."""
         return self.state.answer
 
-    def unfold(self, title: str):
-        """Open the fold below the text box by its title; the box that it holds."""
-        return self.folds.unfold(title)
-
-    def __repr__(self) -> str:
-        return f"<{self.answer}>"
-
     # An answer is shown from its own thread. What the reader does meanwhile, in the kernel's, must not be taken for an echo.
     @property
     def _showing(self) -> bool:

@@ -8,12 +8,12 @@ from ..errors import LabError
 from ..runtime.conversing import Conversation
 from ..runtime.generating import Options, Stats
 from .background import PAUSE, Background, said_of
+from .settable import settable
 
 SAMPLING = tuple(Options.__dataclass_fields__)
-_Sampling = type("_Sampling", (t.HasTraits,), {name: t.Any(getattr(Options(), name)) for name in SAMPLING})
 
 
-class ChatState(_Sampling, Background):
+class ChatState(settable({name: getattr(Options(), name) for name in SAMPLING}), Background):
     """The options of generating.Options as traits, and `system`, the system message; `messages` follows, what was asked
     and answered, and `coming`, the answer as far as it has come while `running`; `stats` of the last answer; `error`.
 
@@ -22,6 +22,7 @@ class ChatState(_Sampling, Background):
     Raises LabError for settings that cannot be used.
     """
 
+    SETTINGS, WHOSE = (*SAMPLING, "system"), " of a chat"
     system = t.Unicode()
     messages = t.List(read_only=True)
     coming = t.Unicode(read_only=True)
@@ -32,12 +33,6 @@ class ChatState(_Sampling, Background):
         self._asking = ""
         super().__init__(**self._known(settings))
         self.options = Options(**self._sampling)
-
-    def update(self, **settings) -> None:
-        """Change several settings. Raises LabError for a name that is no setting."""
-        with self.hold_trait_notifications():
-            for name, value in self._known(settings).items():
-                setattr(self, name, value)
 
     @property
     def chat(self) -> bool:
@@ -102,12 +97,6 @@ class ChatState(_Sampling, Background):
     @property
     def _sampling(self) -> dict:
         return {name: getattr(self, name) for name in SAMPLING}
-
-    def _known(self, settings: dict) -> dict:
-        for name in settings:
-            if name not in (*SAMPLING, "system"):
-                raise LabError(f"{name!r} is no setting of a chat; there are {', '.join((*SAMPLING, 'system'))}")
-        return settings
 
     @t.observe(*SAMPLING)
     def _follow(self, _=None) -> None:

@@ -10,7 +10,7 @@ from .compile_figures import roofline_picture, time_picture
 from .compile_state import ABOUT, CONTEXTS, SETTINGS, WAYS, CompileState
 from .folds import Folds
 from .live import Chart, Keys, Words
-from .panel import Panel, described, offer, put
+from .panel import Panel, blocks, described, headlined, offer, put
 from .style import BLUE, ORANGE, RED
 from .table import Rows
 
@@ -40,13 +40,6 @@ class CompileExplorer(Panel):
     def answer(self) -> str:
         """What the panel says in words."""
         return self.state.answer
-
-    def unfold(self, title: str):
-        """Open one of the folds below the charts by its title; the box that it holds."""
-        return self.folds.unfold(title)
-
-    def __repr__(self) -> str:
-        return f"<{self.answer}>"
 
     # ---- making the widgets -----------------------------------------------------------------------------
 
@@ -114,12 +107,10 @@ class CompileExplorer(Panel):
         wrong, doing, found = f"<b>{escape(problem)}</b>" if problem else "", escape(state.progress), ""
         if state.profiles and not problem:
             first, _, rest = state.answer.partition(". ")
-            found = f'<div style="{_HEADLINE}">{escape(first)}.</div>' + "".join(
-                f"<div>{escape(text)}</div>" for text in (rest, state.allowed))
+            found = headlined(f"{escape(first)}.", (rest, state.allowed))
         elif not (doing or problem):
             found = _INVITATION
-        put(self.said, html="".join(f'<div style="{_BLOCK}border-color:{edge}">{text}</div>' for edge, text in (
-            (RED, wrong), (ORANGE, doing), (BLUE, found)) if text))
+        put(self.said, html=blocks((RED, wrong), (ORANGE, doing), (BLUE, found)))
 
 
 class RaceBox(Box):
@@ -143,5 +134,3 @@ class RaceBox(Box):
 _INVITATION = "Nothing was measured yet: press measure."
 _RACING = ("Not run yet. Each loads the file in a process of its own; then all take turns at a prompt and at single tokens. "
            "Without llama-cpp-python, llmlab's own ways run alone. More of it in a shell: llmlab bench FILE.")
-_HEADLINE = "font-size:1.15em;font-weight:600"
-_BLOCK = "line-height:1.45;padding:2px 0 2px 10px;margin:2px 0;border-left:4px solid;white-space:normal;"

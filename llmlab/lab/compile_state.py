@@ -16,8 +16,9 @@ from ..roofline import Ceilings, Op, Profile, ceilings, profiles
 from ..runtime.decoder import Decoder
 from ..runtime.generating import Memory
 from ..units import format_bytes, format_rate
-from .background import Background, said_of
+from .background import Background, Stopped
 from .quantization_state import path_of
+from .settable import settable
 
 EAGER, LEAN, COMPILED = WAYS = ("eager", "lean", "compiled")
 ABOUT = {EAGER: "the modules of transformers, as llmlab.load makes them", LEAN: "llmlab's own decoder, in plain torch",
@@ -25,18 +26,13 @@ ABOUT = {EAGER: "the modules of transformers, as llmlab.load makes them", LEAN: 
 CONTEXTS = (16, 64, 256, 1024)
 CLAIM = 1.3              # "up to 30 % faster": MLC, of compiling for the specific hardware
 SETTINGS = {"file": None, "strategy": "auto", "context": 64, "way": LEAN}
-_Settings = type("_Settings", (t.HasTraits,), {name: t.Any(value) for name, value in SETTINGS.items()})
-
-
-class _Stopped(Exception):
-    pass
 
 
 class _NotMade(Exception):
     """Something would have to be compiled first."""
 
 
-class CompileState(_Settings, Background):
+class CompileState(settable(SETTINGS), Background):
     """Where the time of a token goes, by each of three ways to run a model.
 
     file: a GGUF's path, a model of `llmlab.local_models()`, None for the small model llmlab uses everywhere. strategy: of the
@@ -52,7 +48,6 @@ class CompileState(_Settings, Background):
     profiles = t.Dict(read_only=True)
     ceilings = t.Instance(Ceilings, allow_none=True, read_only=True)
     notes = t.Dict(read_only=True)
-    progress = t.Unicode(read_only=True)
     race = t.Instance(Bench, allow_none=True, read_only=True)
     problem = t.Unicode(read_only=True)      # what is wrong with the settings
 
@@ -65,15 +60,6 @@ class CompileState(_Settings, Background):
             raise LabError(self.problem)
         if self._file is None:
             self._follow()
-
-    def update(self, **settings) -> None:
-        """Change several settings. Raises LabError for a name that is no setting."""
-        for name in settings:
-            if name not in SETTINGS:
-                raise LabError(f"{name!r} is no setting; there are {', '.join(SETTINGS)}")
-        with self.hold_trait_notifications():
-            for name, value in settings.items():
-                setattr(self, name, value)
 
     @t.observe(*SETTINGS)
     def _follow(self, _=None) -> None:
@@ -178,7 +164,7 @@ class CompileState(_Settings, Background):
         """Begin to measure, and return at once. Raises LabError while something runs, and for settings that cannot be used."""
         self._ready()
         self._set(error="", progress="", running=True)
-        self._begin("compile", self._work, self._measure, dict(self._good), self._file, compile)
+        self._begin("compile", self._through, "measuring", self._measure, dict(self._good), self._file, compile)
 
     def run(self, compile: bool = False) -> str:
         """Start, wait, and return the answer. Raises LabError where something went wrong."""
@@ -190,7 +176,7 @@ class CompileState(_Settings, Background):
         """Begin `llmlab bench --quick`, and return at once. Raises LabError while something runs."""
         self._ready()
         self._set(error="", progress="", running=True)
-        self._begin("race", self._work, self._race, self._file)
+        self._begin("race", self._through, "measuring", self._race, self._file)
 
     def run_race(self) -> Bench:
         """Start the race, wait, and return what came of it. Raises LabError where something went wrong."""
@@ -206,23 +192,6 @@ class CompileState(_Settings, Background):
             raise LabError("something is being measured; end that or wait for it first")
         if self.problem:
             raise LabError(self.problem)
-
-    def _work(self, work, *given) -> None:
-        error = ""
-        try:
-            work(*given)
-        except _Stopped:
-            pass
-        except Exception as wrong:
-            error = said_of(wrong, "measuring")
-        finally:
-            stopped = self._stopping.is_set()
-            self._set(error="" if stopped else error, running=False, progress="Stopped." if stopped else "")
-
-    def _say(self, text: str) -> None:
-        if self._stopping.is_set():
-            raise _Stopped
-        self.set_trait("progress", text)
 
     def _measure(self, asked: dict, file: GGUFFile, compile: bool) -> None:
         if self._held != (held := (file.paths, asked["strategy"])):
@@ -242,7 +211,7 @@ class CompileState(_Settings, Background):
         self._say(f"Reading {asked['context']:,} tokens, then measuring some more.")
         found = profiles(self._readers, asked["context"], stopped=self._stopping.is_set)
         if found is None:
-            raise _Stopped
+            raise Stopped
         after = ceilings()                   # of a machine that does other work as well, the better moment
         best = Ceilings(max(before.bandwidth, after.bandwidth), max(before.flops, after.flops), after.how)
         self._set(ceilings=best, notes=notes, profiles=found)

@@ -13,10 +13,10 @@ from .engines import CONTROLS
 from .figures import fit_picture
 from .folds import Folds
 from .live import Chart, Keys, Words
-from .panel import Panel, described, offer, put, visible
+from .panel import Panel, described, offer, put, told, visible
 from .presets import PRESETS
 from .state import MOST_CARDS, THIS_MACHINE, FitState
-from .style import RED, VERDICTS
+from .style import VERDICTS
 
 _FOLDS = {  # title: (what it holds, what for)
     "engine settings": (EngineBox, "the engine, its batch sizes, flash attention, RAM"),
@@ -49,15 +49,6 @@ class FitExplorer(Panel):
         self._show()
         self.state.observe(self._show, ["report", "error", "kept"])
 
-    @property
-    def answer(self) -> str:
-        """What the panel says in words: the state's answer, or what is wrong."""
-        return self.state.error or self.state.answer
-
-    def unfold(self, title: str):
-        """Open one of the folds below the chart by its title, as its button does; the box that it holds."""
-        return self.folds.unfold(title)
-
     def export(self, path: str | os.PathLike, overwrite: bool = False) -> Path:
         """The chart and its words as one HTML file that needs no network. Raises LabError where it cannot be written, or
         is there already."""
@@ -68,9 +59,6 @@ class FitExplorer(Panel):
     @property
     def _kept(self):
         return self.state.kept.report if self.state.kept else None
-
-    def __repr__(self) -> str:
-        return f"<{self.answer}>"
 
     # ---- making the widgets -----------------------------------------------------------------------------
 
@@ -194,12 +182,5 @@ class FitExplorer(Panel):
     def _say(self, problem: str) -> None:
         state = self.state
         mark, colour = VERDICTS[state.report.verdict]
-        lines = [f'<div style="{_HEADLINE}"><span aria-hidden="true">{mark}</span> {escape(state.answer)}</div>',
-                 *(f"<div>{escape(line)}</div>" for line in (state.hint, state.trust, state.speed) if line)]
-        wrong = f"<b>{escape(problem)}</b><br>Below is the last answer that could be given." if problem else ""
-        self.said.html = "".join(f'<div style="{_BLOCK}border-color:{edge}">{text}</div>' for edge, text in (
-            (RED, wrong), (colour, "".join(lines))) if text)
-
-
-_HEADLINE = "font-size:1.15em;font-weight:600"
-_BLOCK = "line-height:1.45;padding:2px 0 2px 10px;margin:2px 0;border-left:4px solid;white-space:normal;"
+        headline = f'<span aria-hidden="true">{mark}</span> {escape(state.answer)}'
+        self.said.html = told(headline, (state.hint, state.trust, state.speed), problem, colour)

@@ -40,9 +40,6 @@ class FitMapExplorer(Panel):
         """What the map says in words, and of the pair that is looked at; or what is wrong."""
         return self.state.error or " ".join(filter(None, (self.state.answer, self.state.picked)))
 
-    def __repr__(self) -> str:
-        return f"<{self.answer}>"
-
     def _make(self) -> None:
         self.cards = self.bound("cards", w.Dropdown, "cards", "which cards stand along the top", options=list(CARDS))
         self.family = self.bound("family", w.Dropdown, "models", "all models, or one family", options=options.families())

@@ -7,6 +7,7 @@ from ..errors import LabError
 from ..fitmap import FitMap, fit_map
 from ..fitting import QUANT_LADDER
 from ..units import format_bytes
+from .settable import Settable
 from .state import FitState
 
 ALL = "all"
@@ -22,7 +23,7 @@ CARDS = {
 ASKED = ("context", "kv", "cards", "family", "floor")
 
 
-class MapState(t.HasTraits):
+class MapState(Settable):
     """The settings of a map as traits; `found` follows, and in words `answer`, `picked` and `error`.
 
     cards: a name in CARDS, or a list of cards. family: a family of the catalogue, "all", or a list of models. floor: the
@@ -30,6 +31,7 @@ class MapState(t.HasTraits):
     used leaves the last good map in place and says why in `error`.
     """
 
+    SETTINGS, WHOSE = (*ASKED, "model", "card"), " of a map"
     context = t.Any(8192)
     kv = t.Any("f16")
     cards = t.Any("desktop cards since 2020")
@@ -50,19 +52,6 @@ class MapState(t.HasTraits):
         self._follow()
         if self.found is None:
             raise LabError(self.error)
-
-    def update(self, **settings) -> None:
-        """Change several settings and make one map. Raises LabError for a name that is no setting."""
-        with self.hold_trait_notifications():
-            for name, value in self._known(settings).items():
-                setattr(self, name, value)
-
-    def _known(self, settings: dict) -> dict:
-        names = (*ASKED, "model", "card")
-        for name in settings:
-            if name not in names:
-                raise LabError(f"{name!r} is no setting of a map; there are {', '.join(names)}")
-        return settings
 
     @property
     def quant(self) -> str | None:

@@ -2,24 +2,41 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from html import escape
 
 import ipywidgets as w
 
 from ..errors import LabError
 from . import options
+from .style import BLUE, RED
 
 _STYLE = {"description_width": "76px"}
 _FILL = {"width": "100%", "min_width": "0", "margin": "2px 0"}
+_HEADLINE = "font-size:1.15em;font-weight:600"
+_BLOCK = "line-height:1.45;padding:2px 0 2px 10px;margin:2px 0;border-left:4px solid;white-space:normal;"
 
 
 class Panel(w.VBox):
-    """Widgets over `state`. What a panel is made of shows itself in `_show`; `_say` shows a line that something is wrong."""
+    """Widgets over `state`. What a panel is made of shows itself in `_show`; `_say` shows a line that something is wrong;
+    `folds`, where there are any, hold what not everybody needs."""
 
     def __init__(self, state, **more):
         self.state, self._showing = state, False
         super().__init__(layout=w.Layout(width="100%"), **more)
         self.add_class("llmlab-panel")
+
+    @property
+    def answer(self) -> str:
+        """What the panel says in words: the state's answer, or what is wrong."""
+        return self.state.error or self.state.answer
+
+    def unfold(self, title: str) -> w.Widget:
+        """Open one of the folds by its title, as its button does; the box that it holds."""
+        return self.folds.unfold(title)
+
+    def __repr__(self) -> str:
+        return f"<{self.answer}>"
 
     def _say(self, problem: str) -> None:
         raise NotImplementedError
@@ -69,6 +86,22 @@ class Panel(w.VBox):
                 text.value = ""
         text.on_msg(self.guarded(enter))
         return text
+
+
+def told(headline: str, more: Iterable[str], problem: str = "", edge: str = BLUE) -> str:
+    """What a panel says as HTML: a headline (of HTML), lines of text below it, and before it what is wrong."""
+    wrong = f"<b>{escape(problem)}</b><br>Below is the last answer that could be given." if problem else ""
+    return blocks((RED, wrong), (edge, headlined(headline, more)))
+
+
+def headlined(headline: str, more: Iterable[str]) -> str:
+    """HTML: a headline (of HTML), and lines of text below it, as many as are not empty."""
+    return f'<div style="{_HEADLINE}">{headline}</div>' + "".join(f"<div>{escape(text)}</div>" for text in more if text)
+
+
+def blocks(*found: tuple[str, str]) -> str:
+    """HTML, one under another, each beside a line of its colour; empty ones are left out."""
+    return "".join(f'<div style="{_BLOCK}border-color:{edge}">{text}</div>' for edge, text in found if text)
 
 
 def described(kind: type, description: str, tooltip: str, **more) -> w.Widget:

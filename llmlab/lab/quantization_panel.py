@@ -9,12 +9,11 @@ from ..formats.toy import BITS, BLOCKS, SCALES
 from . import options
 from .folds import Folds
 from .live import Chart, Keys, Words
-from .panel import Panel, described, offer, put
+from .panel import Panel, described, offer, put, told
 from .quantization_boxes import QualityBox, TwinBox
 from .quantization_figures import errors_picture, values_picture
 from .quantization_state import QuantizationState, error_words, size_words, stored_words
 from .quantization_twin import TwinState
-from .style import BLUE, RED
 from .table import Rows
 
 MOST_NUMBERS, MOST_BYTES = 40, 24        # of a field, in the table
@@ -44,18 +43,6 @@ class QuantizationExplorer(Panel):
         self._show()
         self.state.observe(self._show, ["look", "error"])
         self.twin.observe(self._show_twin, ["prompt", "tokens", "texts", "progress", "running", "drift", "error"])
-
-    @property
-    def answer(self) -> str:
-        """What the panel says in words: the state's answer, or what is wrong."""
-        return self.state.error or self.state.answer
-
-    def unfold(self, title: str):
-        """Open one of the folds below the charts by its title; the box that it holds."""
-        return self.folds.unfold(title)
-
-    def __repr__(self) -> str:
-        return f"<{self.answer}>"
 
     # ---- making the widgets -----------------------------------------------------------------------------
 
@@ -131,11 +118,7 @@ class QuantizationExplorer(Panel):
 
     def _say(self, problem: str) -> None:
         look = self.state.look
-        lines = [f'<div style="{_HEADLINE}">{escape(error_words(look))}</div>',
-                 *(f"<div>{escape(line)}</div>" for line in (stored_words(look), size_words(look)))]
-        wrong = f"<b>{escape(problem)}</b><br>Below is the last answer that could be given." if problem else ""
-        put(self.said, html="".join(f'<div style="{_BLOCK}border-color:{edge}">{text}</div>' for edge, text in (
-            (RED, wrong), (BLUE, "".join(lines))) if text))
+        put(self.said, html=told(escape(error_words(look)), (stored_words(look), size_words(look)), problem))
 
 
 def part_row(part: Part) -> dict:
@@ -154,7 +137,3 @@ def _numbers(name: str, values: tuple) -> str:
 
 def _heading(text: str) -> w.HTML:
     return w.HTML(f'<div style="font-weight:600;padding:8px 0 2px">{escape(text)}</div>')
-
-
-_HEADLINE = "font-size:1.15em;font-weight:600"
-_BLOCK = "line-height:1.45;padding:2px 0 2px 10px;margin:2px 0;border-left:4px solid;white-space:normal;"

@@ -20,6 +20,7 @@ from ..runtime import GGUFSource
 from ..shapes import ModelSpec, model_spec
 from ..sources import fetch, find_local
 from ..units import format_bytes
+from .settable import settable
 
 SMALL_MODEL = "smollm2-135m"
 MOST = 1 << 20           # weights that an error is taken over: more would not be redrawn at once
@@ -27,7 +28,6 @@ PLAIN = 32               # weights shown of a tensor without blocks
 PLACE = ("file", "tensor", "row", "block")
 TOY = {"bits": "bits", "block_size": "block", "minimum": "minimum", "scale": "scale"}      # setting: field of a Toy
 DEFAULTS = {"file": None, "tensor": None, "row": 0, "block": 0, "bits": 4, "block_size": 32, "minimum": False, "scale": "F16"}
-_Settings = type("_Settings", (t.HasTraits,), {name: t.Any(value) for name, value in DEFAULTS.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Look:
     size_problem: str
 
 
-class QuantizationState(_Settings):
+class QuantizationState(settable(DEFAULTS)):
     """What is looked at and the toy format as traits; `look` follows, and in words `answer` and `error`.
 
     file: a GGUF's path, a model of `llmlab.local_models()`, None for the small model llmlab uses everywhere. tensor: a
@@ -71,16 +71,10 @@ class QuantizationState(_Settings):
     def __init__(self, **settings):
         """Raises LabError for settings that cannot be used: there is no last good look yet."""
         self._asked = self._opened = self._sampled = self._measured = None
-        super().__init__(**_known(settings))
+        super().__init__(**self._known(settings))
         self._follow()
         if self.look is None:
             raise LabError(self.error)
-
-    def update(self, **settings) -> None:
-        """Change several settings and look once. Raises LabError for a name that is no setting."""
-        with self.hold_trait_notifications():
-            for name, value in _known(settings).items():
-                setattr(self, name, value)
 
     @property
     def toy(self) -> Toy:
@@ -175,13 +169,6 @@ class _Opened:
     file: GGUFFile
     matrices: list[TensorInfo]
     spec: ModelSpec
-
-
-def _known(settings: dict) -> dict:
-    for name in settings:
-        if name not in DEFAULTS:
-            raise LabError(f"{name!r} is no setting; there are {', '.join(DEFAULTS)}")
-    return settings
 
 
 def path_of(file) -> Path:

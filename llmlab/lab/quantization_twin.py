@@ -13,14 +13,14 @@ from ..runtime.generating import Options, Stream, has_template, stream
 from ..runtime.requantizing import requantized
 from .background import PAUSE, Background, said_of
 from .quantization_state import QuantizationState
+from .settable import Settable
 
 CONTEXT, CHUNKS = 256, 2         # of the measurement: 254 tokens are scored, some seconds on two cores
 PROMPT = "What is the capital of France?"
 MOST_TOKENS = 512
-_SETTINGS = ("prompt", "tokens")
 
 
-class TwinState(Background):
+class TwinState(Settable, Background):
     """`prompt` is answered by the model of a QuantizationState and by its twin, whose block matrices are in the toy format (or
     continued, where there is no chat template), token by token in turn: `texts` (of the model, of the twin) grow while
     `running`; then `drift` is measured. `progress` says what is being done, `toy` which format the twin is in.
@@ -29,10 +29,10 @@ class TwinState(Background):
     `end()` ends it. Raises LabError for settings that cannot be used.
     """
 
+    SETTINGS, WHOSE = ("prompt", "tokens"), " of a run"
     prompt = t.Unicode(PROMPT)
     tokens = t.Any(24)
     texts = t.Tuple(t.Unicode(), t.Unicode(), default_value=("", ""), read_only=True)
-    progress = t.Unicode(read_only=True)
     toy = t.Instance(Toy, allow_none=True, read_only=True)
     drift = t.Instance(Divergence, allow_none=True, read_only=True)
 
@@ -41,14 +41,6 @@ class TwinState(Background):
         self._asked = ""
         super().__init__()
         self.update(**settings)
-
-    def update(self, **settings) -> None:
-        """Change settings. Raises LabError for a name that is no setting."""
-        for name in settings:
-            if name not in _SETTINGS:
-                raise LabError(f"{name!r} is no setting of a run; there are {', '.join(_SETTINGS)}")
-        for name, value in settings.items():
-            setattr(self, name, value)
 
     @property
     def models(self) -> tuple:

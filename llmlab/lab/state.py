@@ -10,23 +10,16 @@ from ..fitting import Report, fit
 from ..shapes import ModelSpec, model_spec
 from . import compare, share
 from .engines import suited
+from .settable import settable
 
 THIS_MACHINE = "this machine"
 MOST_CARDS = 16
 DEFAULTS = {"model": "llama-3-8b", "card": "rtx-3060-12gb", "cards": 1} | {
     name: one.default for name, one in list(inspect.signature(fit).parameters.items())[2:]}
 SETTINGS = tuple(DEFAULTS)
-_Settings = type("_Settings", (t.HasTraits,), {name: t.Any(value) for name, value in DEFAULTS.items()})
 
 
-def _known(settings: dict) -> dict:
-    for name in settings:
-        if name not in SETTINGS:
-            raise LabError(f"{name!r} is no setting; there are {', '.join(SETTINGS)}")
-    return settings
-
-
-class FitState(_Settings):
+class FitState(settable(DEFAULTS)):
     """The settings of a fit as traits; `report` follows, and in words `answer`, `hint`, `trust`, `speed` and `error`.
 
     Any value may be set: one that cannot be used leaves the last good report in place and says why in `error`. Several
@@ -52,7 +45,7 @@ class FitState(_Settings):
     def __init__(self, **settings):
         """Raises LabError for settings that cannot be used: there is no last good report yet."""
         self._asked = self._read = self._here = None
-        super().__init__(**_known(settings))
+        super().__init__(**self._known(settings))
         self._follow()
         if self.report is None:
             raise LabError(self.error)
@@ -70,12 +63,6 @@ class FitState(_Settings):
     def open_shared(self, text: str) -> None:
         """Take the configuration of a shared string; whatever it does not name goes back to its default."""
         self.update(**{**DEFAULTS, **share.read(text)})
-
-    def update(self, **settings) -> None:
-        """Change several settings and make one report. Raises LabError for a name that is no setting."""
-        with self.hold_trait_notifications():
-            for name, value in _known(settings).items():
-                setattr(self, name, value)
 
     @property
     def settings(self) -> dict:
