@@ -30,16 +30,20 @@ def warm(job: dict) -> None:
     """Nothing: its library is there once it is imported."""
 
 
+_LISTENING: list = []
+
+
 class open:
     """A model and a context of llama.cpp's."""
 
     def __init__(self, job: dict):
         llama_cpp = _library()
-        self._lib, self._lines, self._threads = llama_cpp, [], job["threads"]
+        self._lib, self._lines, self._threads = llama_cpp, (lines := []), job["threads"]
         kv = job.get("kv") or ("f16", "f16")
         self._kv = tuple(_type(llama_cpp, name) for name in kv)
-        self._log = llama_cpp.llama_log_callback(lambda level, text, data: self._lines.append(text.decode("utf-8", "replace")))
-        llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
+        listens = llama_cpp.llama_log_callback(lambda level, text, data: lines.append(text.decode("utf-8", "replace")))
+        llama_cpp.llama_log_set(listens, ctypes.c_void_p(0))
+        _LISTENING.append(listens)      # llama.cpp goes on telling it
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers, params.use_extra_bufts = 0, True

@@ -31,7 +31,12 @@ def _collect(level, text, user_data):
     _lines.append(text.decode("utf-8", "replace"))
 
 
-llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
+def listen() -> None:
+    """Have llama.cpp tell this module; again after somebody else was told."""
+    llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
+
+
+listen()
 llama_cpp.llama_backend_init()
 
 

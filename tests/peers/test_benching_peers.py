@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from llama_engine import llama_cpp
+from llama_engine import listen, llama_cpp
 from runtime_models import make
 
 from llmlab import LabError
@@ -52,6 +52,14 @@ def test_a_file_a_peer_cannot_run_is_a_line(tmp_path, capsys):
     assert plain["lanes"][0]["failed"].startswith("its experts stay packed") and "nobody could run it" in plain["answer"]
 
 
+@pytest.fixture
+def in_this_process():
+    """What is said to an engine opened here goes to the other tests again."""
+    yield
+    listen()
+
+
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("kv", [None, ["q8_0", "q4_0"]])
 def test_a_context_laid_down_in_llama_cpp(smollm2, kv):
     """Its state written by us and taken by it: as many cells as were read change nothing; more are more."""
