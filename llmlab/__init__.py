@@ -13,10 +13,12 @@ _FACE = {  # public name -> (module, name there)
     "fit": ("fitting", "fit"), "fit_map": ("fitmap", "fit_map"), "measured": ("reconcile", "measured"),
     "size": ("memory", "size_of"), "mix": ("memory", "mix_of"),
     "fetch": ("sources", "fetch"), "local_models": ("sources", "local_models"),
+    "plan": ("offload.planning", "plan"),
     "load": ("loading", "load"), "decoder": ("starting", "decoder"),
     "quantize_gguf": ("requantizing", "quantize_gguf"),
     "perplexity": ("quality", "perplexity"), "divergence": ("quality", "divergence"),
     "importance": ("quality", "importance"), "read_importance": ("quality", "read_importance"),
+    "serve": ("server", "serve"),
     "LabError": ("errors", "LabError"), "formats": ("formats", None),
     "kernels": ("kernels", None), "lossless": ("lossless", None),
 }

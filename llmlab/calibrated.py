@@ -46,6 +46,7 @@ class Figure:
     multiplication loads, "workspace" that cuBLAS keeps.
     part "disk": bytes per second, `name` "buffered", "direct" or "mmap", `threads` at once; `cold` where the page cache
     held none of it before the read (None: could not be seen), `resident` the largest share that it held.
+    part "together": share of the disk's reading that hides behind computing (`calibration.together`).
     """
 
     part: str
@@ -54,7 +55,7 @@ class Figure:
     low: float
     best: float
     high: float
-    unit: str  # "B/s", "op/s" or "B"
+    unit: str  # "B/s", "op/s", "B" or "share"
     rounds: int
     how: str
     threads: int | None = None
@@ -80,6 +81,8 @@ class Figure:
 def _amount(value: float, unit: str) -> str:
     if unit == "B":
         return format_bytes(value)
+    if unit == "share":
+        return f"{value:.0%}"
     if unit == "B/s":
         return format_rate(value) if value >= 1e8 else f"{value / 1e6:.1f} MB/s"
     return f"{value / 1e12:.2f} TOP/s" if value >= 1e12 else f"{value / 1e9:.1f} GOP/s"
@@ -87,7 +90,8 @@ def _amount(value: float, unit: str) -> str:
 
 _DECODE_ORDER = ("int4", "int8", "bfloat16", "float16", "float32")
 _TITLES = {"ram": "RAM read", "decode": "one row times weights, bytes read", "matmul": "up to 512 rows times weights",
-           "copy": "copy", "memory": "card memory read", "context": "card memory taken", "disk": "disk read"}
+           "copy": "copy", "memory": "card memory read", "context": "card memory taken", "disk": "disk read",
+           "together": "disk read hidden behind computing"}
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,12 @@ class Calibration:
     def disk(self) -> tuple[Figure, ...]:
         """Reads of the disk that holds llmlab's cache, by method and threads."""
         return tuple(f for f in self.figures if f.part == "disk")
+
+    @property
+    def hidden(self) -> float:
+        """Share of the disk's reading that hides behind computing; all of it where that was not measured."""
+        found = self.find("together", "disk")
+        return found.best if found else 1.0
 
     @property
     def busy(self) -> str | None:
@@ -364,14 +374,16 @@ def _parse(value, facts: dict) -> Calibration:
                        figures=figures, skipped=skipped, **numbers)
 
 
-_PARTS = {"ram": "B/s", "decode": "B/s", "matmul": "op/s", "copy": "B/s", "memory": "B/s", "context": "B", "disk": "B/s"}
+_PARTS = {"ram": "B/s", "decode": "B/s", "matmul": "op/s", "copy": "B/s", "memory": "B/s", "context": "B", "disk": "B/s",
+          "together": "share"}
 
 
 def _figure(value: dict) -> Figure:
     figure = Figure(**{f.name: value[f.name] for f in fields(Figure)})
     what = f"its figure {str(figure.part)[:20]} {str(figure.name)[:20]}"
     low, best, high = (_number(x, what) for x in figure.rate)
-    if not low <= best <= high or (figure.unit != "B" and low <= 0):
+    if not low <= best <= high or (figure.unit not in ("B", "share") and low <= 0) or (
+            figure.unit == "share" and not 0 <= low <= high <= 1):
         raise _Unusable(f"{what} is no rate from low to high")
     texts = all(isinstance(x, str) for x in (figure.part, figure.device, figure.name, figure.unit, figure.how))
     if not texts or _PARTS.get(figure.part) != figure.unit:

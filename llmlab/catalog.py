@@ -506,6 +506,33 @@ def published_quality(of: str = "weights") -> "Table":
 # -- tables ---------------------------------------------------------------------------------------------------------
 
 
+class Listed(Sequence):
+    """Things in an order that are shown as a table, `table`, which each kind has its own of."""
+
+    def __init__(self, rows: Sequence):
+        self._rows = tuple(rows)
+
+    def __getitem__(self, index):
+        return self._some(self._rows[index]) if isinstance(index, slice) else self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _some(self, rows: Sequence) -> "Listed":
+        """So many of them, of the same kind."""
+        return type(self)(rows)
+
+    def to_frame(self):
+        """The table as a pandas DataFrame. Raises LabError where pandas is not installed."""
+        return self.table.to_frame()
+
+    def __repr__(self) -> str:
+        return repr(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_()
+
+
 class Table(Sequence):
     """Rows of one kind: a list of dicts that shows itself as aligned text, or as HTML in a notebook."""
 

@@ -1,5 +1,5 @@
-"""The same functions from a shell: llmlab fit, fits, size, mix, importance, quantize, run, bench, doctor, fetch, models, gpus,
-lab.
+"""The same functions from a shell: llmlab fit, fits, plan, size, mix, importance, quantize, run, serve, bench, doctor, stores,
+fetch, models, gpus, lab.
 
 Imports wait until a command needs them, so that an answer takes a fraction of a second; nothing here imports torch.
 """
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_fit(commands)
     _add_fits(commands)
+    _add_plan(commands)
     for name, run, says in (("size", _size, "exact bytes of a model in a quant"),
                             ("mix", _mix, "the format each tensor gets in a quant")):
         one = commands.add_parser(name, help=says)
@@ -58,10 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_quantize(commands)
     _add_importance(commands)
     _add_run(commands)
+    _add_serve(commands)
     _add_bench(commands)
     one = commands.add_parser("doctor", help="what this computer is, what is free, what is missing")
     one.add_argument("--calibrate", action="store_true", help="measure RAM, multiplication, cards, disk first: 25 seconds")
     _finish(one, _doctor)
+    one = commands.add_parser("stores", help="weights that were laid out anew for offloading: which are of no use any more")
+    one.add_argument("--remove", metavar="WHICH", action="append", default=[], help="gone: all whose GGUF is not there any "
+                     "more; or a store's name (again for several)")
+    _finish(one, _stores)
     one = commands.add_parser("fetch", help="get a model: smollm2-135m, or a name on the hub")
     one.add_argument("name", metavar="NAME", help="smollm2-135m, owner/repo, owner/repo:Q4_K_M or owner/repo/file.gguf")
     one.add_argument("--folder", help="where to put it (default: llmlab's cache)")
@@ -118,6 +124,37 @@ def _add_fits(commands) -> None:
     _finish(one, _fits)
 
 
+def _add_plan(commands) -> None:
+    one = commands.add_parser("plan", help="how to run what does not fit: what lives on the card, in RAM, on the SSD; how fast")
+    one.add_argument("model", metavar="MODEL", help="name, GGUF, config.json or its folder, or hub id")
+    one.add_argument("--gpu", metavar="CARD", help="a card; 'none': the processor alone (default: this computer)")
+    one.add_argument("--gpu-budget", metavar="SIZE", help="what may be used of the card, or of RAM as the device: 8GiB")
+    one.add_argument("--ram-budget", metavar="SIZE", help="what may be used of RAM besides: 16GiB")
+    one.add_argument("--host", help="RAM, like '64 GB DDR5-6000' (default: this computer's)")
+    one.add_argument("--drive", help="such as samsung-980-pro; a class: gen3, gen4, gen5, sata, hdd; or '5.9 GB/s' (default: "
+                     "this computer's, as measured)")
+    one.add_argument("--readers", type=int, help="threads that read (default: what is fastest)")
+    one.add_argument("--mmap", action="store_true", help="read by page faults instead")
+    one.add_argument("--context", type=_tokens, default=8192, help="tokens: 8192 (default), 32k")
+    one.add_argument("--kv", default="f16", help="cache type, or K,V: q8_0 or q8_0,q4_0 (default f16); plain: numbers as they "
+                     "are computed")
+    one.add_argument("--quant", help="such as Q4_K_M (default: as stored in a GGUF, else Q4_K_M)")
+    one.add_argument("--importance", action="store_true", help="quantized with an importance matrix")
+    one.add_argument("--fast", action="store_true", help="layers in RAM are computed by the processor where they are")
+    one.add_argument("--goal", default="decode", help="what is to be quick: decode (default), or prefill for long prompts")
+    one.add_argument("--compiled", action="store_true", help="on a processor, as compiled code runs it")
+    one.add_argument("--tuned", action="store_true", help="with arithmetic as quick as llama.cpp's: what the hardware allows")
+    one.add_argument("--resident", type=float, metavar="RATE", help="tokens per second where all of it stays on the "
+                     "device, measured")
+    one.add_argument("--drafted", type=int, default=0, help="tokens drafted for each pass (0)")
+    one.add_argument("--accepted", type=float, default=0.6, help="the share of them that is right (0.6)")
+    one.add_argument("--hits", type=float, help="the share of wanted experts that the cache holds, where it was measured")
+    one.add_argument("--levers", action="store_true", help="also what would make it faster")
+    one.add_argument("--command", dest="export", metavar="ENGINE", help="only the same split for ENGINE: llama.cpp, "
+                     "accelerate, vllm")
+    _finish(one, _plan)
+
+
 def _add_quantize(commands) -> None:
     one = commands.add_parser("quantize", help="write a GGUF in a quant, from a GGUF or a safetensors folder")
     one.add_argument("source", metavar="SOURCE", help="GGUF in F32, F16, BF16 or Q8_0 (of a set the first), or a folder")
@@ -157,8 +194,16 @@ def _add_run(commands) -> None:
     one.add_argument("-n", "--max-tokens", type=int, help="most new tokens (default: until the answer ends)")
     one.add_argument("-c", "--context", type=_tokens, help="most tokens remembered: 4096, 32k (default: as trained)")
     one.add_argument("--kv", help="type of the KV cache, or K,V: q8_0 or q8_0,q4_0 (default: plain numbers)")
+    one.add_argument("--budget", metavar="SIZE", help="most memory that may be held, like '300 MiB': layers that do not fit "
+                     "are read from the disk for each token (default: no limit)")
+    one.add_argument("--ram-budget", metavar="SIZE", help="with --budget: most RAM beside it, for layers that a card has no "
+                     "room for (default: what is free)")
+    one.add_argument("--mode", help="with --budget: exact (default), or fast: layers in RAM are computed there, by the "
+                     "processor, and logits deviate a little from those of a card")
     one.add_argument("--shift", type=int, metavar="KEEP", help="when the context is full, go on without the older tokens but "
                      "with the first so many (default: the answer ends)")
+    one.add_argument("--draft", metavar="WHAT", help="guess tokens and read several a pass, with the same text: lookup (looks "
+                     "in what was said), or a small GGUF with the same vocabulary")
     one.add_argument("--temp", "--temperature", dest="temperature", type=float, default=0.8,
                      help="0 takes the likeliest token, higher is more varied (0.8)")
     one.add_argument("--top-k", type=int, default=40, help="only so many of the likeliest tokens (40; 0: all)")
@@ -176,6 +221,36 @@ def _add_run(commands) -> None:
     one.add_argument("--quant", help="nf4, nf4-double or int8, for a safetensors folder")
     one.add_argument("-t", "--threads", type=int, help="of the processor (default: torch's)")
     one.set_defaults(run=_run)
+
+
+def _add_serve(commands) -> None:
+    one = commands.add_parser("serve", help="OpenAI's API on this computer, many requests at once")
+    one.add_argument("model", metavar="FILE", help="GGUF (of a set the first), or smollm2-135m")
+    one.add_argument("--port", type=_whole, default=8080, help="8080 (default); 0: any that is free")
+    one.add_argument("--host", default="127.0.0.1", help="127.0.0.1 (default): this computer only; another one, such as "
+                     "0.0.0.0, needs an API key")
+    one.add_argument("--api-key", metavar="KEY", help="that clients must send (default: LLMLAB_API_KEY, which other users of "
+                     "this computer do not see)")
+    one.add_argument("--name", help="what clients call the model (default: as named here, or the file's name)")
+    one.add_argument("-c", "--context", type=_tokens, help="most tokens of a request and its answer: 4096, 32k (default: as "
+                     "trained)")
+    one.add_argument("--kv", help="type of the KV cache, or K,V: q8_0 or q8_0,q4_0 (default: f32, on a card f16)")
+    one.add_argument("--memory", metavar="SIZE", help="of the KV cache of all requests, like '2 GiB' (default: four whole "
+                     "contexts, or a quarter of what is free)")
+    one.add_argument("--sequences", type=_whole, default=64, help="answers made at once (64)")
+    one.add_argument("--waiting", type=_whole, default=64, help="answers that may wait besides; who asks for more is told to "
+                     "come again (64)")
+    one.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="the longest a request may take (600)")
+    one.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="another name this server goes by "
+                     "(again for several); '*': any")
+    one.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="of web pages that may ask it, such as "
+                     "http://localhost:3000 (again for several); '*': any")
+    one.add_argument("--compile", action="store_true", help="for this processor: quicker, the first time half a minute later")
+    one.add_argument("--strategy", default="auto", help="auto (default), compact, fast or reference")
+    one.add_argument("--device", help="cpu or cuda (default: a card where the model fits on one)")
+    one.add_argument("--dtype", help="of the activations: float32, bfloat16, float16 (default: what this device computes well)")
+    one.add_argument("-t", "--threads", type=int, help="of the processor (default: torch's)")
+    one.set_defaults(run=_serve)
 
 
 def _add_bench(commands) -> None:
@@ -223,12 +298,7 @@ def _fit(a: argparse.Namespace, rest: list[str]) -> None:
                  swa_full=a.swa_full, unified=a.unified, display=False if a.display == "none" else a.display,
                  utilization=a.utilization, projector=a.projector, draft=a.draft, draft_quant=a.draft_quant, mtp=a.mtp)
     if a.export:
-        command = report.command(a.export)
-        if a.json:
-            _print_json({"engine": command.engine, "text": command.text, "notes": list(command.notes)})
-        else:
-            print(command, end="")
-        return
+        return _show_command(report.command(a.export), a.json)
     if a.json:
         _print_json(report.to_dict() | ({"levers": [asdict(lever) for lever in report.levers()]} if a.levers else {}))
         return
@@ -238,6 +308,14 @@ def _fit(a: argparse.Namespace, rest: list[str]) -> None:
     print(report.table)
     if a.levers:
         print(f"\n{report.levers()}")
+
+
+def _show_command(command, as_json: bool) -> None:
+    """An `exports.Command`."""
+    if as_json:
+        _print_json({"engine": command.engine, "text": command.text, "notes": list(command.notes)})
+    else:
+        print(command, end="")
 
 
 def _kv(text: str) -> str | tuple[str, ...]:
@@ -256,6 +334,25 @@ def _fits(a: argparse.Namespace, rest: list[str]) -> None:
     if not a.json:
         print(found.answer)
     _show(found.table, a.json)
+
+
+def _plan(a: argparse.Namespace, rest: list[str]) -> None:
+    from .offload.planning import plan
+    kv = None if a.kv == "plain" else _kv(a.kv)
+    found = plan(a.model, None, a.gpu_budget, a.ram_budget, a.context, kv, a.quant, gpu=a.gpu, host=a.host,
+                 drive=a.drive, readers=a.readers, mapped=a.mmap, mode="fast" if a.fast else "exact", importance=a.importance,
+                 drafted=a.drafted, accepted=a.accepted, hits=a.hits, layout="words" if a.compiled else "gguf",
+                 resident=a.resident, kernels="tuned" if a.tuned else "own", goal=a.goal)
+    if a.export:
+        return _show_command(found.export(a.export), a.json)
+    if a.json:
+        _print_json(found.to_dict() | ({"levers": list(found.levers().table)} if a.levers else {}))
+        return
+    for line in (found.answer, found.predict().why, *found.warnings):
+        print(line)
+    print(found.table)
+    if a.levers:
+        print(f"\n{found.levers()}")
 
 
 def _asked_cards(names: list[str] | None):
@@ -344,6 +441,21 @@ def _run(a: argparse.Namespace, rest: list[str]) -> int:
     return run(a)
 
 
+def _serve(a: argparse.Namespace, rest: list[str]) -> None:
+    from .terminal import _spin_briefly
+    _spin_briefly()                     # before torch is imported
+    from .server import Limits, serve
+    if a.threads is not None:
+        import torch
+        if not 1 <= a.threads <= 1024:
+            raise LabError(f"--threads is {a.threads}; give a number from 1 up, such as the processor's cores")
+        torch.set_num_threads(a.threads)
+    key = os.environ.get("LLMLAB_API_KEY") if a.api_key is None else a.api_key
+    serve(a.model, a.port, a.host, name=a.name, api_key=key or None, memory=a.memory, kv=a.kv and _kv(a.kv), context=a.context,
+          sequences=a.sequences, strategy=a.strategy, compile=a.compile, device=a.device, dtype=a.dtype,
+          limits=Limits(waiting=a.waiting, seconds=a.timeout), hosts=tuple(a.allow_host), origins=tuple(a.cors))
+
+
 def _bench(a: argparse.Namespace, rest: list[str]) -> None:
     from .benching import bench
     found = bench(a.model, peers=a.peers, strategies=a.strategy, threads=a.threads, rounds=a.rounds, prompt=a.prompt, new=a.new,
@@ -368,6 +480,21 @@ def _doctor(a: argparse.Namespace, rest: list[str]) -> None:
 def _only_if_not_stored(done: float, text: str) -> None:
     if text.startswith("not stored"):
         print(f"llmlab: {text}", file=sys.stderr)
+
+
+def _stores(a: argparse.Namespace, rest: list[str]) -> None:
+    from .catalog import Table
+    from .offload import kept
+    from .units import format_bytes
+    removed = [one for which in a.remove for one in kept.remove(which)]
+    if a.remove and not a.json:
+        print(f"{len(removed)} removed, {format_bytes(sum(one.bytes for one in removed))}")
+    found = removed if a.remove else kept.stores()
+    if found or a.json:
+        _show(Table([{"store": one.path.name, "bytes": one.bytes, "of": one.source, "state": one.state,
+                      "why": kept.STATES[one.state]} for one in found], {"bytes": format_bytes}), a.json)
+    elif not a.remove:
+        print(f"none in {kept.folder_of()}")
 
 
 def _fetch(a: argparse.Namespace, rest: list[str]) -> None:

@@ -6,9 +6,9 @@ Everything is arithmetic over remembered shapes: a report takes well under a mil
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-from . import calibrated, catalog, hardware, wording
+from . import catalog, hardware, wording
 from .beside import anything, beside_terms, rows_drafted
 from .catalog import Gpu
 from .errors import LabError
@@ -302,24 +302,10 @@ def _cards(gpu) -> tuple[tuple[Gpu, ...], int | None, hardware.Machine | None]:
     if isinstance(gpu, hardware.Machine):
         return gpu.cards, _usable_ram(gpu), gpu
     if gpu is None or (isinstance(gpu, (list, tuple)) and not gpu) or isinstance(gpu, str) and gpu.strip().lower() == "none":
-        return (), _usable_ram(_this_machine()), _this_machine()
+        return (), _usable_ram(hardware.this_machine()), hardware.this_machine()
     if isinstance(gpu, (list, tuple)):
         return tuple(catalog.gpu(g) for g in gpu), None, None
     return (catalog.gpu(gpu),), None, None
-
-
-def _this_machine() -> hardware.Machine:
-    """This computer, looked at once, and again after it was calibrated."""
-    try:
-        stored = calibrated.folder().stat().st_mtime_ns
-    except OSError:
-        stored = 0
-    return _machine_since(stored)
-
-
-@lru_cache(maxsize=1)
-def _machine_since(stored: int) -> hardware.Machine:
-    return hardware.machine()
 
 
 def _usable_ram(machine: hardware.Machine) -> int:

@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 
@@ -115,6 +116,7 @@ class Doctor:
     machine: Machine
     users: tuple[int, ...] | None  # processes computing on each NVIDIA card now; None where nvidia-smi does not say
     models: tuple[str, ...]  # model files found in the caches of this computer
+    stores: str = ""  # of weights laid out anew, in words
 
     def sections(self) -> list[tuple[str, str]]:
         """The report, a (label, text) a line."""
@@ -128,6 +130,7 @@ class Doctor:
         lines.append(("versions", ", ".join(f"{k} {v}{build.get(k, '')}" for k, v in m.versions.items())))
         lines.append(("models", f"{len(self.models)} found on this computer" if self.models else
                       "none on this computer yet: llmlab fetch smollm2-135m gets a small one (98 MB)"))
+        lines += [("stores", self.stores)] * bool(self.stores)
         lines += self._calibrated()
         return lines + [("missing", f"{name}: {meaning}") for name, meaning in m.missing]
 
@@ -151,7 +154,7 @@ class Doctor:
 
     def to_dict(self) -> dict:
         return self.machine.to_dict() | {"card_processes": self.users and list(self.users),
-                                         "models": list(self.models)}
+                                         "models": list(self.models), "stores": self.stores}
 
     def __repr__(self) -> str:
         return "\n".join(f"{label:<9} {text}" for label, text in self.sections())
@@ -185,6 +188,20 @@ def machine() -> Machine:
     return replace(here, calibration=found, calibration_note=note)
 
 
+def this_machine() -> Machine:
+    """The same, looked at once, and again after it was calibrated."""
+    try:
+        stored = calibrated.folder().stat().st_mtime_ns
+    except OSError:
+        stored = 0
+    return _machine_since(stored)
+
+
+@lru_cache(maxsize=1)
+def _machine_since(stored: int) -> Machine:
+    return machine()
+
+
 def ram_available() -> int:
     """Bytes a program can take now without swapping; a container's limit is respected."""
     limits, memory = _control_group(_ROOT), psutil.virtual_memory()
@@ -195,13 +212,14 @@ def ram_available() -> int:
 def doctor() -> Doctor:
     """The report of `machine()`, with who uses the cards and which model files lie in this computer's caches."""
     from . import sources
+    from .offload import kept
 
     here = machine()
     nvidia = [card for card in here.cards if card.vendor == "NVIDIA"]
     users = drivers.card_users(_ROOT) if nvidia else None
     if users and len(users) != len(nvidia):  # hidden or split cards: whose process it is cannot be said
         users = None
-    return Doctor(here, users, tuple(str(found.path) for found in sources.local_models()))
+    return Doctor(here, users, tuple(str(found.path) for found in sources.local_models()), kept.told(kept.stores()))
 
 
 # -- words ----------------------------------------------------------------------------------------------------------

@@ -68,17 +68,15 @@ class Lever:
         return f"<{self.name}: {self.before} to {self.after}, {self.verdict}>"
 
 
-class Levers(Sequence):
+class Levers(catalog.Listed):
     """The levers of a report, those that make it fit first, then by price; shown as a table."""
 
     def __init__(self, report: "Report", rows: Sequence[Lever]):
-        self.report, self._rows = report, tuple(rows)
+        super().__init__(rows)
+        self.report = report
 
-    def __getitem__(self, index):
-        return Levers(self.report, self._rows[index]) if isinstance(index, slice) else self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
+    def _some(self, rows: Sequence[Lever]) -> "Levers":
+        return Levers(self.report, rows)
 
     @cached_property
     def table(self) -> catalog.Table:
@@ -90,16 +88,6 @@ class Levers(Sequence):
             "quality": one.quality, "price": one.price} for one in self._rows),
             {"saves GiB": "{:+.2f}".format, "saves in RAM": "{:+.2f}".format, "decode": "x{:.2f}".format,
              "prefill": "x{:.2f}".format, "price": "{:.3f}".format})
-
-    def to_frame(self):
-        """The table as a pandas DataFrame. Raises LabError where pandas is not installed."""
-        return self.table.to_frame()
-
-    def __repr__(self) -> str:
-        return repr(self.table)
-
-    def _repr_html_(self) -> str:
-        return self.table._repr_html_()
 
 
 def levers(report: "Report") -> Levers:

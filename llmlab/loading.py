@@ -15,6 +15,7 @@ from .gguf.local import LocalFile
 from .gguf.words import show_path
 from .kernels.packing import STRATEGIES
 from .memory import cache_types
+from .offload.choosing import opened
 from .runtime import GGUFSource, Keys, build
 from .stores import place_of
 from .units import format_bytes
@@ -48,7 +49,7 @@ class Loaded:
 
 def load(path: str | os.PathLike, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
          quant: str | None = None, strategy: str = "auto", compile: bool = False,
-         kv: str | tuple[str, str] | None = None):
+         kv: str | tuple[str, str] | None = None, budget=None, plan=None):
     """(model, tokenizer) of a model on this computer; `model.llmlab` says what was chosen.
 
     `path`: a .gguf (the first file of a sharded set), a folder with config.json and safetensors, or the name of a model that
@@ -66,6 +67,10 @@ def load(path: str | os.PathLike, device: str | torch.device | None = None, dtyp
     them): `generate` and `forward` then begin with a `runtime.packed_cache.PackedCache` unless they are given a cache; None:
     with transformers' own, in the activations' dtype. The tokenizer is None where the file has no vocabulary.
 
+    `budget`, `plan`: of a GGUF that is larger than memory, as `llmlab.decoder` has them: `generate` and logits of one text come
+    from `model.decoder`, which holds no more than the budget, and `model.trace` says what it read and when; everything else
+    goes through transformers' modules over the mapped file, which the system may hold as much of as it likes.
+
     Raises LabError (BadFile for a damaged file, UnknownName for a name) with one line naming the thing and the remedy.
     """
     if strategy not in STRATEGIES:
@@ -73,6 +78,9 @@ def load(path: str | os.PathLike, device: str | torch.device | None = None, dtyp
     kv = None if kv is None else cache_types(kv)
     place = place_of(path, "a .gguf file or of a safetensors folder")
     if place.is_dir():
+        if budget is not None or plan is not None:
+            raise LabError(f"a budget or a plan is for GGUF files; {show_path(str(place))} is a safetensors folder: "
+                           "llmlab.quantize_gguf makes one of it")
         if compile:
             raise LabError(f"compile=True is for GGUF files; {show_path(str(place))} is a safetensors folder: give "
                            "torch.compile the model that load returns")
@@ -80,21 +88,28 @@ def load(path: str | os.PathLike, device: str | torch.device | None = None, dtyp
     if quant is not None:
         raise LabError(f"quant={quant!r:.40} is for safetensors folders; {show_path(str(place))} is a GGUF, which is packed "
                        "already")
-    return _load_gguf(place, device, dtype, strategy, compile, kv)
+    return _load_gguf(place, device, dtype, strategy, compile, kv, budget, plan)
 
 
 # ---- GGUF ---------------------------------------------------------------------------------------------------
 
-def _load_gguf(path: Path, device, dtype, strategy: str, compile: bool, kv: tuple[str, str] | None):
+def _load_gguf(path: Path, device, dtype, strategy: str, compile: bool, kv: tuple[str, str] | None, budget, plan):
     file = read_gguf(path)
     shown = show_path(file.paths[0])
     if file.is_projector:
         raise LabError(f"{shown} is the projector of a model, not a model; give the model's own file")
-    device, where = _device(device, file.tensor_bytes)
-    dtype, precision = _dtype(dtype, device)
-    keys = Keys(file.metadata, file.architecture, shown)
-    decoder = _decoder(file, dtype, strategy, kv) if compile and device.type == "cpu" else None
-    compiled = decoder is not None and decoder.compiled is not None
+    keys, asked = Keys(file.metadata, file.architecture, shown), device
+    if budget is not None or plan is not None:
+        device, where, streamed = torch.device("cpu"), "its layers where the budget has room", True
+        there = _device(asked, 0)[0]
+        dtype, precision = _dtype(dtype, there)
+        decoder = opened(file, budget, plan, strategy, dtype, there, None, compile, _tell, kv)
+    else:
+        device, where = _device(device, file.tensor_bytes)
+        dtype, precision = _dtype(dtype, device)
+        decoder = _decoder(file, dtype, strategy, kv) if compile and device.type == "cpu" else None
+        streamed = False
+    compiled = decoder is not None and (streamed or decoder.compiled is not None)
     model = build(GGUFSource(file), keys, dtype, "compact" if compiled else strategy, device)
     model.config._name_or_path = model.name_or_path = file.paths[0]
     if kv:
@@ -115,9 +130,11 @@ def _load_gguf(path: Path, device, dtype, strategy: str, compile: bool, kv: tupl
     if compiled:
         from .runtime.delegating import delegate
 
-        model.llmlab = replace(model.llmlab, strategy="compiled", why=f"{decoder.why}; {where}; {precision}",
+        model.llmlab = replace(model.llmlab, strategy=decoder.strategy, why=f"{decoder.why}; {where}; {precision}",
                                resident_bytes=decoder.resident_bytes)
         delegate(model, decoder)
+        if streamed:
+            model.trace = decoder.trace
     tokenizer = tokenizer_of(file) if file.metadata.get("tokenizer.ggml.tokens") else None
     if tokenizer is not None and tokenizer.stop_ids:
         model.generation_config.eos_token_id = list(tokenizer.stop_ids)
@@ -129,7 +146,11 @@ def _decoder(file, dtype: torch.dtype, strategy: str, kv: tuple[str, str] | None
     from .runtime.decoder import Decoder
 
     return Decoder.open(file, dtype, strategy, compile=True, kv=kv,
-                        progress=lambda said: print(f"llmlab: {said}", file=sys.stderr, flush=True))
+                        progress=_tell)
+
+
+def _tell(said: str) -> None:
+    print(f"llmlab: {said}", file=sys.stderr, flush=True)
 
 
 def _keep(model, kv: tuple[str, str]):

@@ -23,6 +23,7 @@ _HELP = """\
 /exit                leave; so do Ctrl-D, and Ctrl-C twice
 A line that ends with \\ goes on in the next. Ctrl-C stops an answer."""
 ENGINES = ("auto", "lean", "transformers")
+_COMPARED = "The capital of France is Paris, and that of Italy is Rome."       # what fast mode's deviation is measured on
 _KEPT_LINES = 1000       # of what was typed, for the arrow keys of another day
 # What would move the cursor or change the terminal is shown as a picture of itself instead.
 _SHOWN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(127, 160), 0xFFFD)
@@ -100,11 +101,17 @@ def _loaded(a: Namespace, file, why: str):
         from .starting import decoder, refusal
         why = refusal(file)
         if not why:
+            budget = _budget(a)
+            draft = _draft(a, budget)               # before the model takes what there is
             made, words = decoder(file, a.device, a.dtype, a.strategy, a.context, a.compile, _say, kv,
-                                  sinks=a.shift or 0 if kv else 0)
-            chat = Conversation(made, words, a.system, chat=not a.no_chat)
+                                  sinks=a.shift or 0 if kv else 0, budget=budget, mode=a.mode)
+            chat = Conversation(made, words, a.system, chat=not a.no_chat, draft=draft)
             _say(f"{file.architecture} by the lean decoder, {made.strategy}, {str(made.dtype).removeprefix('torch.')} on "
                  f"{made.device}: {made.why}")
+            if getattr(made, "aside", None) is not None:
+                _say(str(made.deviation(words(_COMPARED)["input_ids"] if words else [*range(8)])))
+            if chat.draft:
+                _say(f"tokens are guessed by {chat.draft}")
             return chat
     if a.engine == "lean" and why:
         raise LabError(f"--engine lean cannot be used: {why}; leave it out")
@@ -112,12 +119,41 @@ def _loaded(a: Namespace, file, why: str):
         raise LabError(f"--compile is for the lean decoder, which is not used ({why}); leave it out")
     if a.shift is not None and why:
         raise LabError(f"--shift is for the lean decoder, which is not used ({why}); leave it out")
+    if a.budget is not None and why:
+        raise LabError(f"--budget is for the lean decoder, which is not used ({why}); leave it out")
+    if (a.mode is not None or a.ram_budget is not None) and why:
+        raise LabError(f"--mode and --ram-budget are for the lean decoder, which is not used ({why}); leave them out")
+    if a.draft is not None and why:
+        raise LabError(f"--draft is for the lean decoder, which is not used ({why}); leave it out")
     from .loading import load
     model, tokenizer = load(a.model, a.device, a.dtype, a.quant, a.strategy, False, kv)
     chat = Conversation(model, tokenizer, a.system, a.context, chat=not a.no_chat)
     if (made := getattr(model, "llmlab", None)) is not None:
         _say(f"{made.architecture} by transformers' modules ({why}), {made.strategy}: {made.why}")
     return chat
+
+
+def _budget(a: Namespace):
+    """What may be held; None where nothing was said."""
+    if a.budget is None:
+        if a.ram_budget is not None or a.mode is not None:
+            raise LabError("--mode and --ram-budget go with a --budget: say how much may be held on the device")
+        return None
+    from .offload.budget import Budget
+    return Budget(a.budget, a.ram_budget)
+
+
+def _draft(a: Namespace, budget):
+    """What guesses tokens: a small model's decoder and its words, where --draft is no word of `generating.stream`'s; a budget
+    then has what it holds set aside."""
+    if a.draft in (None, "lookup"):
+        return a.draft
+    from .starting import decoder
+    made = decoder(a.draft, a.device, a.dtype, a.strategy, None, a.compile, _say)
+    if budget is not None:
+        from .offload.choosing import take_draft
+        take_draft(budget, made[0], a.context)
+    return made
 
 
 @contextlib.contextmanager

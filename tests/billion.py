@@ -23,12 +23,13 @@ SIZE = 0.02              # standard deviation of the weights
 PEAKED = 4.0             # what the last norm multiplies by
 
 
-def write(path: str | Path, quant: str, config: dict = CONFIG) -> Path:
-    """The GGUF of `config` in `quant`, each tensor in the type that llama.cpp's quantizer would give it."""
+def write(path: str | Path, quant: str, config: dict = CONFIG, **more) -> Path:
+    """The GGUF of `config` in `quant`, each tensor in the type that llama.cpp's quantizer would give it; `more` of its
+    metadata, such as a vocabulary."""
     path, spec = Path(path), shapes.from_config(config, "llama-1b")
     fields = {f"{spec.architecture}.{key}": value for key, value in spec.metadata.items()}
     write_gguf(path, {"general.architecture": spec.architecture, "general.name": f"llama-1b {quant}",
-                      "tokenizer.ggml.model": "no_vocab", **fields},
+                      "tokenizer.ggml.model": "no_vocab", **fields, **more},
                [(tensor.name, tensor.shape, type, lambda tensor=tensor, type=type: _bytes(tensor, type))
                 for tensor, type in zip(spec.tensors, memory.types(spec, quant), strict=True)])
     return path

@@ -1,9 +1,12 @@
 """Under CI=true a test that is skipped has failed, unless it is a graphics card that is missing."""
 
 import os
+import signal
+import sys
 
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)     # whoever starts this in the background may have it ignored
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see the Makefile
 
 
@@ -37,3 +40,12 @@ def pytest_make_collect_report(collector):
     if _in_ci():
         _fail_skipped(report, excused=False)
     return report
+
+
+@pytest.fixture
+def plain_depth():
+    """As deep as Python goes by itself: compilers raise it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from llmlab.kernels import Pages, attention, scratch
+from llmlab.kernels import Pages, attending, attention, scratch
 from llmlab.kernels.attending import reference_attention
 from llmlab.memory import CACHE_TYPES
 
@@ -177,6 +177,26 @@ def test_a_text_in_chunks_is_the_text_at_once(name, window):
 
     found = torch.cat([read(parts, a, b) for a, b in ((0, 200), (200, 201), (201, 600), (600, 700))], 2)
     assert off(found, read(whole, 0, 700).double()) < 2e-6
+
+
+@pytest.mark.parametrize("kinds", ["q8_0", "q5_1", "fp8", ("q8_0", "f16"), ("f16", "q4_0")])
+@pytest.mark.parametrize("window", [0, 333])
+def test_many_queries_together_or_page_by_page(monkeypatch, kinds, window):
+    """Two ways of the same: pages unpacked once for all queries, and once for some rows of them. Positions in no order."""
+    held = cache(kinds, 1024, batch=2)
+    shuffled = torch.randperm(1024, generator=torch.Generator().manual_seed(1))
+    held.positions = torch.stack([torch.arange(1024), shuffled]).int()
+    held.positions[:, 700:710] = -1
+    at = torch.stack([torch.arange(600, 790), torch.arange(400, 590).flip(0)])
+    q, near = random(2, 6, 190, 64, seed=5), (random(2, 2, 9, 64, seed=3), random(2, 2, 9, 64, seed=4))
+    beside = (*near, torch.tensor([[0, 1, 2, 790, 600, 650, 2000, -1, 5]], dtype=torch.int32))
+    sinks = random(6, seed=9)
+    check(held, q, at, window=window, scale=0.125, sinks=sinks)
+    given = {"window": window, "scale": 0.125, "sinks": sinks, "beside": beside}
+    together = attention(q, held.keys, held.values, held.positions, at, **given)
+    assert attending.suits(q, held.keys, held.values)
+    monkeypatch.setattr(attending, "suits", lambda *_: False)
+    assert off(attention(q, held.keys, held.values, held.positions, at, **given), together.double()) < LIMIT
 
 
 @pytest.mark.parametrize("n", [1, 30])

@@ -2,7 +2,10 @@
 
 import copy
 import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from llmlab.runtime import compiling
 from llmlab.runtime.compiling import NotPackaged, package
 from llmlab.runtime.decoder import Decoder
 from llmlab.runtime.delegating import DecoderCache
+from llmlab.runtime.unlocked import unlocked
 
 LIMIT = 1e-7        # nats, at the worst position
 READ = torch.randint(3, VOCAB, (60,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -54,6 +58,7 @@ def test_logits_are_those_of_the_uncompiled(tiny, name):
     rest = decoder.logits(READ[20:50])
     after = torch.stack([decoder.read([token]) for token in READ[50:]])
     assert divergence(wanted, torch.cat([one_by_one, rest, after])) < LIMIT
+    assert decoder.keep([*READ[:50], 0]) == 50 and torch.equal(decoder.read_each(READ[50:]), after)
 
     assert decoder.keep([*READ[:30], 7, 8]) == 30
     plain.keep([*READ[:30], 7, 8])
@@ -73,7 +78,7 @@ def test_compact_stays_near_the_files_bytes(cache, tmp_path):
         assert held.bytes * 8 == pytest.approx(held.rows * cols * held.layout.bits_per_weight(cols))
 
 
-@pytest.mark.parametrize("name, kv, rotate", [("llama", "q8_0", True), ("gemma2", ("q4_0", "q8_0"), False)])
+@pytest.mark.parametrize("name, kv, rotate", [("llama", "q8_0", True), ("starcoder2", ("q4_0", "q8_0"), False)])
 def test_a_packed_cache_is_read_and_written(tiny, name, kv, rotate):
     """Each token meets the same cells: what float noise makes of a code here and there is not carried on."""
     plain = Decoder.open(tiny(name), dtype=torch.float32, strategy="compact", kv=kv, rotate=rotate)
@@ -100,7 +105,10 @@ def test_a_packed_cache_is_read_and_written(tiny, name, kv, rotate):
     assert divergence(plain.read([7])[None], decoder.read([7])[None]) < 1e-4
     decoder.forget()
     plain.forget()
-    assert divergence(plain.logits(text[:2]), torch.stack([decoder.read([token]) for token in text[:2]])) < 1e-4
+    alone = torch.stack([decoder.read([token]) for token in text[:5]])
+    assert divergence(plain.logits(text[:2]), alone[:2]) < 1e-4
+    decoder.forget()
+    assert torch.equal(decoder.read_each(text[:5]), alone)
 
 
 def test_a_packed_cache_that_cannot_be_compiled_is_read_all_the_same(tiny):
@@ -274,6 +282,35 @@ def test_a_package_is_kept_made_again_where_damaged_and_named_after_its_source(c
     assert compiling._place("double", [x], [double], {}) != compiling._place("double", [x], [package], {})
 
 
+def test_other_threads_run_on_while_an_unlocked_package_does(cache):
+    """With Python's lock held none of them comes to its turn before the end."""
+    made = package(double, [torch.ones(3, 4)], "double", [double], {0: {0: "rows"}})
+    free, x = unlocked(made.path), torch.ones(10_000_000, 4)
+    assert torch.equal(made(x)[0], free(x)[0]) and free is unlocked(made.path)
+    with pytest.raises(LabError, match="a package of 1 tensors was given 0"):
+        free()
+
+    def longest(run) -> float:
+        """The longest time in which another thread had no turn, as a share of the run's."""
+        turns, over = [], threading.Event()
+
+        def count():
+            while not over.wait(0.001):
+                turns.append(time.perf_counter())
+
+        other = threading.Thread(target=count)
+        other.start()
+        start = time.perf_counter()
+        run(x)
+        end = time.perf_counter()
+        over.set()
+        other.join()
+        seen = [start, *(turn for turn in turns if start < turn < end), end]
+        return max(after - before for before, after in pairwise(seen)) / (end - start)
+
+    assert min(longest(free) for _ in range(20)) < 0.5 < max(longest(made) for _ in range(5))
+
+
 def test_a_cache_that_is_no_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
@@ -307,7 +344,8 @@ def test_what_cannot_be_compiled_or_comes_out_wrong_is_not_kept(cache, monkeypat
 
 
 def test_what_is_no_integer_code_is_multiplied_as_numbers():
-    from llmlab.runtime.compiled import _laid_out
+    from llmlab.runtime.compiled import described, lay_out
     packed = kernels.pack(torch.randn(8, 64).view(torch.uint8), "F32", "compact")
-    assert words.layout("F32") is None and isinstance(_laid_out({"out": packed})["out"], torch.Tensor)
+    assert words.layout("F32") is None and isinstance(lay_out(packed), torch.Tensor)
+    assert described(packed).is_meta and described(packed).shape == lay_out(packed).shape
     assert set(CASES) >= set(MODELS)

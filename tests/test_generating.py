@@ -66,11 +66,11 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(model, tokenizer):
 
 def test_draws_follow_the_chances():
     """A hundred draws from three tokens of known chances, cut by top k, top p and min p in turn."""
-    from llmlab.runtime.generating import _Chooser
+    from llmlab.runtime.sampling import Chooser
     logits = torch.tensor([0.6, 0.3, 0.1, 0.0]).log()
 
     def drawn(**options):
-        choose = _Chooser(Options(**{"temperature": 1.0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 7} | options))
+        choose = Chooser(Options(**{"temperature": 1.0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 7} | options))
         tokens = [choose(logits, [], []) for _ in range(2000)]
         return [tokens.count(at) / 2000 for at in range(4)]
     assert drawn() == pytest.approx([0.6, 0.3, 0.1, 0], abs=0.04)
@@ -84,9 +84,9 @@ def test_draws_follow_the_chances():
 
 
 def test_a_repeat_penalty_looks_at_the_last_64():
-    from llmlab.runtime.generating import _Chooser
+    from llmlab.runtime.sampling import Chooser
     logits = torch.tensor([2.0, 1.9, -1.0])
-    choose = _Chooser(Options(temperature=0, repeat_penalty=1.5))
+    choose = Chooser(Options(temperature=0, repeat_penalty=1.5))
     assert choose(logits, [], []) == 0 and choose(logits, [0], []) == 1 and choose(logits, [], [0]) == 1
     assert choose(logits, [0], [2] * 63) == 1 and choose(logits, [0], [2] * 64) == 0
 
@@ -98,9 +98,9 @@ def test_cuts_are_those_of_transformers(options):
     """Same draws from the same logits: what is cut, and what is left, is what transformers' warpers leave."""
     from transformers.generation import logits_process as theirs
 
-    from llmlab.runtime.generating import _Chooser
+    from llmlab.runtime.sampling import Chooser
     options = Options(**{"seed": 3, "temperature": 1.0, "top_k": 0} | options)
-    choose, draws = _Chooser(options), torch.Generator().manual_seed(3)
+    choose, draws = Chooser(options), torch.Generator().manual_seed(3)
     random = torch.Generator().manual_seed(0)
     prompt, new = list(range(0, 40, 3)), [5, 5, 7]
     for _ in range(200):
@@ -137,14 +137,14 @@ def test_a_space_at_a_tokens_beginning_is_kept():
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    from llmlab.runtime.generating import _Words
+    from llmlab.runtime.sampling import Words
     inner = Tokenizer(models.BPE(vocab={"▁Once": 0, "▁a": 1, "▁time": 2, "<0xC3>": 3, "<0xBC>": 4, "<unk>": 5}, merges=[],
                                  byte_fallback=True, unk_token="<unk>"))
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                        decoders.Strip(" ", 1, 0)])
-    words = _Words(PreTrainedTokenizerFast(tokenizer_object=inner), [0])
+    words = Words(PreTrainedTokenizerFast(tokenizer_object=inner), [0])
     assert [words.add(token) for token in (1, 2, 3, 4, 3, 4, 1)] == [" a", " time", "", "ü", "", "ü", " a"]
-    begun = _Words(PreTrainedTokenizerFast(tokenizer_object=inner), [3, 4])       # a prompt that ends in a byte run
+    begun = Words(PreTrainedTokenizerFast(tokenizer_object=inner), [3, 4])       # a prompt that ends in a byte run
     assert [begun.add(token) for token in (3, 4)] == ["", "ü"]
 
 
@@ -152,14 +152,14 @@ def test_pieces_add_up_with_a_real_vocabulary():
     """Wherever the prompt ends, the pieces are what the whole text has after it."""
     import llmlab
     from llmlab.gguf import read_gguf
-    from llmlab.runtime.generating import _Words
+    from llmlab.runtime.sampling import Words
     from llmlab.vocabulary import tokenizer_of
     words = tokenizer_of(read_gguf(llmlab.fetch("smollm2-135m", progress=False)))
     ids = words("Once  upon a time, in Zürich 🏔️\n\n\t日本語 👩‍👩‍👧 ﷽ नमस्ते “quoted” end", add_special_tokens=False)["input_ids"]
     ends = [at for at in range(len(ids)) if "\ufffd" not in words.decode(ids[:at])]
     assert len(ends) < len(ids), "some characters take several tokens"
     for end in ends:
-        streamed = _Words(words, ids[:end])
+        streamed = Words(words, ids[:end])
         pieces = [*map(streamed.add, ids[end:]), streamed.rest()]
         assert "".join(pieces) == words.decode(ids)[len(words.decode(ids[:end])):]
         assert not any("\ufffd" in piece for piece in pieces)

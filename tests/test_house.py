@@ -20,13 +20,14 @@ ROOMS = (
      "stores", "sources"},
     {"memory", "retyping", "activations", "graphs", "rates", "drivers", "calibrated", "hardware"},
     {"projectors", "settings", "speed", "overhead", "repacking", "placing", "beside", "reserving", "searching", "wording",
-     "fitting", "fitmap", "exports", "levers"},
+     "fitting", "fitmap", "exports", "levers", "workloads"},
     # -- torch from here on --
     {"kernels"},
     {"runtime", "vocabulary"},
     {"offload"},
     {"calibration", "loading", "starting", "probes", "converting"},
-    {"quality", "lossless", "requantizing", "reconcile", "benching", "roofline", "advice", "endpoints", "server", "sweeps"},
+    {"quality", "lossless", "requantizing", "reconcile", "benching", "roofline", "advice", "endpoints", "server",
+     "simulating", "sweeps"},
     {"lab", "terminal", "cli", "__init__", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -34,7 +35,7 @@ TORCH_LEVEL = LEVEL["kernels"]
 TORCH = {"torch", "transformers", "bitsandbytes", "accelerate"}
 JUPYTER = {"ipywidgets", "plotly", "anywidget"}
 LIGHT = {"numpy", "psutil"}  # what a room below the torch line may import as it is imported itself
-LAZY = {("figure", "lab"), ("calibrate", "calibration")}  # (function, room) of the calls upward
+LAZY = {("figure", "lab"), ("calibrate", "calibration"), ("doctor", "offload")}  # (function, room) of the calls upward
 
 PUBLIC = {"model", "models", "gpu", "gpus", "machine", "fit", "measured", "size", "mix", "load", "quantize_gguf",
           "fetch", "decoder", "perplexity", "divergence", "importance", "read_importance", "plan", "best", "sweep", "serve",

@@ -19,6 +19,12 @@ HERE = Path(__file__).resolve().parent
 MEASURED = {row["id"]: row for row in csv.DictReader((HERE.parent / "data" / "measured_speeds.csv").open(encoding="utf-8"))}
 OTHERS = list(csv.DictReader((HERE / "golden" / "speeds.csv").open(encoding="utf-8")))
 
+@pytest.fixture(autouse=True)
+def nothing_measured(tmp_path, monkeypatch):
+    """What was measured of the computer that runs the tests says nothing of those that people wrote about."""
+    monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path))
+
+
 # ---- data/measured_speeds.csv, groups A (all on the card), B (card and processor), C (experts on the processor) ------
 
 SOON = 512        # tokens of context: these speeds were taken soon after the start

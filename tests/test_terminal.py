@@ -81,6 +81,12 @@ def test_the_first_line_says_by_which_engine(tmp_path, capsys):
     again = run("--engine", "lean")
     other = run("--engine", "transformers")
     assert out == again.out == other.out and other.err.startswith("llama by transformers' modules (as asked), ")
+    exact, little = run("--strategy", "compact"), run("--budget", "40MiB", "-c", "512")
+    assert little.out == exact.out and "llama by the lean decoder, compact" in little.err and " pieces " in little.err
+    fast = run("--budget", "1.6MiB", "--ram-budget", "64MiB", "--mode", "fast", "-c", "512", "--device", "cpu")
+    assert fast.out == exact.out and "fast mode: RAM layers computed where they lie; the same arithmetic" in fast.err
+    drafted = run("--budget", "60MiB", "-c", "256", "--draft", file, "--device", "cpu")
+    assert drafted.out == exact.out and "tokens are guessed by a draft" in drafted.err
 
 
 @pytest.mark.parametrize(("argv", "says"), [
@@ -89,6 +95,14 @@ def test_the_first_line_says_by_which_engine(tmp_path, capsys):
     (["MAMBA", "--engine", "lean"], "--engine lean cannot be used: "), (["TINY", "--engine", "vllm"], "--engine is 'vllm'"),
     (["TINY", "--engine", "lean", "--quant", "nf4"], "--engine lean cannot be used: --quant is for folders"),
     (["TINY", "--engine", "transformers", "--compile"], "--compile is for the lean decoder, which is not used (as asked)"),
+    (["TINY", "--engine", "transformers", "--budget", "1GiB"], "--budget is for the lean decoder, which is not used"),
+    (["TINY", "--budget", "1MiB"], "the budget has 1.00 MiB; the least for a context of 512 is "),
+    (["TINY", "--mode", "fast"], "--mode and --ram-budget go with a --budget"),
+    (["TINY", "--budget", "1GiB", "--mode", "quick"], "the placement's mode is 'quick'; give one of exact, fast"),
+    (["TINY", "--engine", "transformers", "--mode", "fast"], "--mode and --ram-budget are for the lean decoder, which is not"),
+    (["TINY", "--budget", "100KiB", "--draft", "TINY"], "the draft would take "),
+    (["TINY", "--budget", "some"], "'some' is not a size"), (["TINY", "--budget", "1GiB", "-c", "513"], "was trained with 512"),
+    (["TINY", "--budget", "1GiB", "--strategy", "fast"], "weights are held as 'compact' has them"),
     (["TINY", "--quant", "nf4"], "is for safetensors folders"), (["TINY", "--dtype", "int3"], "dtype 'int3' is not one of"),
     (["TINY", "--strategy", "x"], "strategy"), (["TINY", "--device", "x"], "device 'x' cannot be used here"),
     (["TINY", "-c", "513"], "was trained with 512"), (["no-such", "--engine", "lean"], "'no-such' is no file and no model"),

@@ -46,7 +46,7 @@ class open:
         _LISTENING.append(listens)      # llama.cpp goes on telling it
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers, params.use_extra_bufts = 0, True
+        params.n_gpu_layers, params.use_extra_bufts = 0, job.get("repack", True)
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(job["path"]), params)
         if not self._model:
             raise LabError(f"llama.cpp did not load it: {self._said()}")

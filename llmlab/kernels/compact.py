@@ -44,6 +44,24 @@ class Compact:
                 part.copy_(torch.mm(x, weights.T))
         return y
 
+    def matmul_each(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, cols] -> [tokens, rows], each row to the bit as `matmul` of it alone gives it; where that unpacks the
+        weights, they are unpacked once for all of them."""
+        lone = [row.clone() for row in x.split(1)]       # in memory of its own: what a sum is may depend on where it begins
+        if type(self).matmul is not Compact.matmul:
+            return torch.cat([self.matmul(row) for row in lone])
+        dtype = multiply_in(x.dtype, x.device.type)
+        found, direct = [x.new_empty(1, self.rows) for _ in lone], dtype == x.dtype
+        lone = [row.to(dtype) for row in lone]
+        for start, weights in self.chunks(dtype):
+            for row, y in zip(lone, found, strict=True):
+                part = y[:, start:start + weights.shape[0]]
+                if direct:
+                    torch.mm(row, weights.T, out=part)
+                else:
+                    part.copy_(torch.mm(row, weights.T))
+        return torch.cat(found)
+
     def transposed(self, g: torch.Tensor) -> torch.Tensor:
         """g [tokens, rows] times the weights -> [tokens, cols] in g.dtype, summed in float32 at least."""
         dtype = multiply_in(g.dtype, g.device.type)

@@ -14,7 +14,7 @@ from .cache_measuring import SETTINGS, MeasureState
 from .cache_state import TYPES, CacheState, cost_words, longest_words, speed_words, whole_words
 from .folds import Folds
 from .live import Chart, Keys, Words
-from .panel import Panel, offer, put, told
+from .panel import Panel, grid, offer, put, told
 from .table import Rows
 
 KEPT = (0, 16, 32, 64, 128, 256, 512, 1024)
@@ -74,9 +74,6 @@ class CacheExplorer(Panel):
                            {title: why for title, (_, why) in _FOLDS.items()})
 
     def _arranged(self) -> list[w.Widget]:
-        def grid(least: int, *widgets: w.Widget) -> w.GridBox:
-            return w.GridBox(widgets, layout=w.Layout(grid_template_columns=f"repeat(auto-fit, minmax({least}px, 1fr))",
-                                                      grid_gap="0 20px", width="100%"))
         presets = line(*(self.button(name, f"{model}, with its own weights", lambda model=model: self.state.update(model=model))
                          for name, model in ARCHITECTURES.items()))
         near = w.HBox([self.recent, self.sinks], layout=w.Layout(width="100%"))

@@ -13,7 +13,7 @@ from .engines import CONTROLS
 from .figures import fit_picture
 from .folds import Folds
 from .live import Chart, Keys, Words
-from .panel import Panel, described, offer, put, told, visible
+from .panel import Panel, described, grid, offer, put, told, visible
 from .presets import PRESETS
 from .state import MOST_CARDS, THIS_MACHINE, FitState
 from .style import VERDICTS
@@ -118,11 +118,9 @@ class FitExplorer(Panel):
         self._layers, self._experts = line(self.gpu_layers, self.auto), line(self.n_cpu_moe, self.auto_moe)
         left = column(self.find_model, self.model, line(self.quant, self.best), self.kv)
         right = column(self.find_card, self.card, line(self.cards, self.sequences), self._layers)
-        grid = w.GridBox([left, right], layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(330px, 1fr))",
-                                                        grid_gap="0 20px", width="100%"))
         presets = w.HBox([self.button(p.label, p.why, lambda p=p: p.apply(self.state)) for p in PRESETS],
                          layout=w.Layout(flex_flow="row wrap", width="100%"))
-        return [presets, grid, line(self.context, self.longest), self._experts, self.said, self.chart,
+        return [presets, grid(330, left, right), line(self.context, self.longest), self._experts, self.said, self.chart,
                 self.folds, Keys()]
 
     # ---- from the reader to the state -------------------------------------------------------------------

@@ -19,7 +19,9 @@ class Folds(w.VBox):
         for title, button in self.buttons.items():
             button.observe(panel.guarded(lambda change, title=title: self._turned(title, change["new"])), "value")
         row = w.HBox(list(self.buttons.values()), layout=w.Layout(flex_flow="row wrap", width="100%"))
-        super().__init__([row], layout=w.Layout(width="100%", margin="4px 0 0"))
+        # A place for each from the beginning: views of charts that moved to another one would go on listening.
+        self._places = {title: w.VBox(layout=w.Layout(width="100%")) for title in made}
+        super().__init__([row, *self._places.values()], layout=w.Layout(width="100%", margin="4px 0 0"))
 
     def unfold(self, title: str) -> w.Widget:
         """Open a fold, as its button does; what is in it."""
@@ -37,8 +39,7 @@ class Folds(w.VBox):
         self.buttons[title].description = f"{'▾' if opened else '▸'} {title}"
         if opened and title not in self.content:
             self.content[title] = self._made[title](self._panel)
-            at = [t for t in self._made if t in self.content]
-            self.children = (self.children[0], *(self.content[t] for t in at))
+            self._places[title].children = (self.content[title],)
         if title in self.content:
             visible(self.content[title], opened)
         if opened:

@@ -110,6 +110,12 @@ def described(kind: type, description: str, tooltip: str, **more) -> w.Widget:
     return kind(description=description, tooltip=tooltip, style=dict(_STYLE), layout=w.Layout(**fill), **more)
 
 
+def grid(least: int, *widgets: w.Widget) -> w.GridBox:
+    """As many side by side as have `least` pixels each."""
+    return w.GridBox(widgets, layout=w.Layout(grid_template_columns=f"repeat(auto-fit, minmax({least}px, 1fr))",
+                                              grid_gap="0 20px", width="100%"))
+
+
 def put(widget, **values) -> None:
     """Set what is not so yet, in the order given: a slider's range before its value."""
     for name, value in values.items():

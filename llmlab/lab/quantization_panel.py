@@ -9,7 +9,7 @@ from ..formats.toy import BITS, BLOCKS, SCALES
 from . import options
 from .folds import Folds
 from .live import Chart, Keys, Words
-from .panel import Panel, described, offer, put, told
+from .panel import Panel, described, grid, offer, put, told
 from .quantization_boxes import QualityBox, TwinBox
 from .quantization_figures import errors_picture, values_picture
 from .quantization_state import QuantizationState, error_words, size_words, stored_words
@@ -68,11 +68,8 @@ class QuantizationExplorer(Panel):
                            {title: why for title, (_, why) in _FOLDS.items()})
 
     def _arranged(self) -> list[w.Widget]:
-        def grid(*widgets: w.Widget) -> w.GridBox:
-            return w.GridBox(widgets, layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(300px, 1fr))",
-                                                      grid_gap="0 20px", width="100%"))
-        return [grid(self.file, self.tensor, self.row, self.block), self.parts, _heading("a format of your own"),
-                grid(self.bits, self.block_size, self.scale, self.minimum), self.said, self.values, self.errors,
+        return [grid(300, self.file, self.tensor, self.row, self.block), self.parts, _heading("a format of your own"),
+                grid(300, self.bits, self.block_size, self.scale, self.minimum), self.said, self.values, self.errors,
                 self.folds, Keys()]
 
     # ---- from the reader to the state -------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """The compiled decoder's parts: weights as words, and for each kind of layer one package that takes a token through it.
 
-Layers of one kind (the same shapes and layouts) share a package; their weights are its arguments. Many tokens at once go
-layer by layer as always, and each matrix is unpacked in pieces by a package of its own, because a matmul of numbers is quicker
-then than one of codes.
+Layers of one kind (the same shapes and layouts) share a package; their weights are its arguments, so they may lie anywhere, and
+be handed out one layer after another. Many tokens at once go layer by layer as always, and each matrix is unpacked in pieces by
+a package of its own, because a matmul of numbers is quicker then than one of codes.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +27,7 @@ from .generating import usable_context
 from .keys import Keys
 from .layers import LayerShape, block, norm, project
 from .tensors import Source
+from .unlocked import unlocked
 from .weights import Weights, read
 
 Matrix = Words | torch.Tensor       # a format that cannot lie as words is numbers, float32
@@ -47,78 +49,105 @@ def compiled(source: Source, keys: Keys, dtype: torch.dtype, strategy: str, devi
     `weights.read` raises."""
     if strategy not in ("auto", "fast", "compact"):
         raise NotCompiled(f"strategy {strategy!r} is there to compare with, and is never compiled")
+    found = compilable(source, keys, device, kv, context)
+    try:
+        small = strategy == "compact" or strategy == "auto" and _quick_bytes(found) > hardware.ram_available() - GIB
+        made = Compiled(laid_out(found, small), dtype, progress, small, kv, rotate)
+    except NotPackaged as error:
+        raise NotCompiled(str(error)) from error
+    # The embedding is looked up row by row; nothing else of the file is read again.
+    return made.weights, made
+
+
+def compilable(source: Source, keys: Keys, device: torch.device, kv: tuple[str, str] | None = None,
+               context: int | None = None) -> Weights:
+    """A source's weights as they are before they are laid out; nothing of its matrices is read. Raises as `compiled` does."""
     if device.type != "cpu":
         raise NotCompiled("this is for processors; a card's layers run as one CUDA graph")
     found = read(source, keys, torch.float32, "compact", device)
     if any(shape.experts for shape in found.shapes):
         raise NotCompiled("which experts a token takes is known only when it comes")
     if kv is not None and cells_of(usable_context(context, found.trained)) <= PAGE:
-        raise NotCompiled(f"a packed cache of {PAGE} cells at most is read as it is")
-    try:
-        small = strategy == "compact" or strategy == "auto" and _quick_bytes(found) > hardware.ram_available() - GIB
-        made = Compiled(found, dtype, progress, small, kv, rotate)
-    except NotPackaged as error:
-        raise NotCompiled(str(error)) from error
-    # The embedding is looked up row by row; nothing else of the file is read again.
-    return replace(found, layers=made.layers, shapes=made.shapes, head=made.head), made
+        raise NotCompiled(f"a packed cache of {PAGE} cells at most is not for compiled code: give a context of more than "
+                          f"{PAGE} tokens, or no kv")
+    return found
 
 
 class Compiled:
-    """What a `Decoder` calls for one token, and its `multiply` for many. `bytes`: what the matrices hold here."""
+    """What a `Decoder` calls for one token, and its `multiply` for many. `bytes`: of all matrices, as they are laid out."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype, progress: Callable[[str], None] | None = None,
-                 small: bool = False, kv: tuple[str, str] | None = None, rotate: bool = False):
+                 small: bool = False, kv: tuple[str, str] | None = None, rotate: bool = False, unlock: bool = False):
+        """weights: as `laid_out` gives them (`small`: how they were). They are asked for by `handed` and `last`, one of each
+        kind here and all of them once for each pass, so layers may take turns in the same memory. unlock: other threads, which
+        bring the next layers, run on while a package does. The rest as in `compiled`. Raises NotPackaged."""
         self._types, self._rotate = kv and tuple(cell_type(name) for name in kv), rotate
         self._shifts, self._held = attending_once.shifts(), WeakKeyDictionary()
         self.dtype, self.progress, self.softcap = dtype, progress or (lambda said: None), weights.softcap
+        self.weights, self.layers, self.shapes = weights, weights.each(), weights.shapes
         self._unpackers: dict[Layout, Package] = {}
-        made = [_fused(_laid_out(layer, small), shape) for layer, shape in zip(weights.layers, weights.shapes, strict=True)]
-        self.layers, self.shapes = tuple(layer for layer, _ in made), tuple(shape for _, shape in made)
-        self.head = _laid_out(weights.head, small)
+        kinds = [(_signature(layer), shape) for layer, shape in zip(self.layers, self.shapes, strict=True)]
         packages: dict[tuple, Package] = {}
-        for layer, shape in made:
-            kind = _signature(layer), shape
+        many = len(set(kinds))
+        for layer, kind in zip(weights.handed(False), kinds, strict=True):
             if kind not in packages:
-                packages[kind] = self._step(layer, shape)
-        self._steps = [(packages[_signature(layer), shape], _flat(layer), shape.window) for layer, shape in made]
-        self._logits, self._head = self._last(), _flat(self.head)
+                found = self._step(layer, kind[1])
+                packages[kind] = unlock and unlocked(found.path) or found
+                self._unpack(layer)
+            if len(packages) == many:
+                break       # layers that are read from a disk are asked for only as long as there is something new
+        self._steps: list[tuple[Callable, int]] = [(packages[kind], kind[1].window) for kind in kinds]
+        self.head = weights.last()
+        found = self._last()
+        self._logits = unlock and unlocked(found.path) or found
+        self._unpack(self.head)
         matrices = [value for part in (*self.layers, self.head) for value in part.values() if isinstance(value, Words)]
-        for matrix in matrices:
-            if matrix.layout not in self._unpackers:
-                self._unpackers[matrix.layout] = self._unpacker(matrix)
+        self._flats: list[tuple[dict | None, list[torch.Tensor]]] = [(None, [])] * (len(self._steps) + 1)
         bits = sorted({matrix.layout.bits for matrix in matrices})
         scales = "the file's own scales" if small else "float32 scales"
         self.bytes = sum(matrix.bytes for matrix in matrices)
-        kinds = f"{len(packages)} {'kind' if len(packages) == 1 else 'kinds'} of layer"
+        told = f"{many} {'kind' if many == 1 else 'kinds'} of layer"
         self.why = (f"compiled for {machine()}: {len(matrices)} matrices as words of {' and '.join(map(str, bits))} bits with "
-                    f"{scales}, {kinds}; many tokens at once in {str(dtype).removeprefix('torch.')}")
+                    f"{scales}, {told}; many tokens at once in {str(dtype).removeprefix('torch.')}")
 
-    def token(self, x: torch.Tensor, caches: list[torch.Tensor], tables: list[tuple[torch.Tensor, torch.Tensor]],
-              start: int) -> torch.Tensor:
-        """x [1, width] float32 of the token at `start`, 1 at least -> the same after all layers. caches: [2, kv_heads, cells,
-        head_dim] of each, cell after cell in memory, or packed pages; tables: its cosines and sines [1, 1, turned]."""
-        if self._types:
-            return self._packed_token(x, caches, tables, start)
-        places: dict[int, torch.Tensor] = {}
-        for (step, tensors, window), cache, (cos, sin) in zip(self._steps, caches, tables, strict=True):
-            first = max(0, min(start - 1, start + 1 - window)) if window else 0
-            if first not in places:
-                places[first] = torch.tensor([start - first])
-            keys, values = cache[:, :, first:start + 1].transpose(1, 2).unbind()
-            x = step(x, keys, values, places[first], cos, sin, *tensors)[0]
+    def tokens(self, x: torch.Tensor, caches: list[torch.Tensor] | list[LayerCache],
+               tables: list[tuple[torch.Tensor, torch.Tensor]], start: int) -> torch.Tensor:
+        """x [n, width] float32 of the tokens from `start` (1 at least) on -> the same after all layers. To the bit what they
+        give one at a time, but each layer takes all of them before the next is asked for. caches: [2, kv_heads, cells,
+        head_dim] of each, cell after cell in memory, or packed pages; tables: their cosines and sines [n, 1, turned]."""
+        through, places = self._through_packed if self._types else self._through, {}
+        for number, (weights, held, (cos, sin)) in enumerate(zip(self.weights.handed(), caches, tables, strict=True)):
+            one = partial(through, *self._steps[number], self._tensors(number, weights), held, places)
+            if len(x) == 1:
+                x = one(start, x, cos, sin)
+            else:
+                x = torch.cat([one(start + at, x[at:at + 1], cos[at:at + 1], sin[at:at + 1]) for at in range(len(x))])
         return x
 
-    def _packed_token(self, x: torch.Tensor, caches: list[LayerCache], tables: list[tuple[torch.Tensor, torch.Tensor]],
-                      position: int) -> torch.Tensor:
-        at, cells = torch.tensor([position], dtype=torch.int32), {}
-        for number, (step, tensors, _) in enumerate(self._steps):
-            caches[number].grow(2 * PAGE)       # sizes that may change are two at least
-            cell = caches[number].next_cell()
-            if cell not in cells:
-                cells[cell] = place(cell)
-            x = step(x, *tables[number], at, cells[cell], self._shifts, *self._pages(caches[number]), *tensors)[0]
-            caches[number].count_one()
+    def _through(self, step: Callable, window: int, tensors: list[torch.Tensor], held: torch.Tensor, places: dict,
+                 position: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """One token through one layer."""
+        first = max(0, min(position - 1, position + 1 - window)) if window else 0
+        if position - first not in places:
+            places[position - first] = torch.tensor([position - first])
+        keys, values = held[:, :, first:position + 1].transpose(1, 2).unbind()
+        return step(x, keys, values, places[position - first], cos, sin, *tensors)[0]
+
+    def _through_packed(self, step: Callable, window: int, tensors: list[torch.Tensor], held: LayerCache, places: dict,
+                        position: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        held.grow(2 * PAGE)         # sizes that may change are two at least
+        cell = held.next_cell()
+        if (position, cell) not in places:
+            places[position, cell] = torch.tensor([position], dtype=torch.int32), place(cell)
+        x = step(x, cos, sin, *places[position, cell], self._shifts, *self._pages(held), *tensors)[0]
+        held.count_one()
         return x
+
+    def _tensors(self, number: int, weights: dict) -> list[torch.Tensor]:
+        """A layer's, or of number -1 the head's, as its package takes them: found once for each dict."""
+        if self._flats[number][0] is not weights:
+            self._flats[number] = weights, _flat(weights)
+        return self._flats[number][1]
 
     def _pages(self, cache: LayerCache) -> list[torch.Tensor]:
         """What a layer's package is given of its cache: the pages in use, two at least."""
@@ -136,7 +165,7 @@ class Compiled:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, width] -> [1, vocabulary] float32."""
-        return self._logits(x, *self._head)[0]
+        return self._logits(x, *self._tensors(-1, self.weights.last()))[0]
 
     def multiply(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """x [tokens, cols] float32 times a matrix -> [tokens, rows]: what `layers.block` wants, for many tokens."""
@@ -157,10 +186,10 @@ class Compiled:
         """While it lasts, what `watch(name, package, weights, number)` gives is called in place of each package: "layers" (or
         "layers 1", "layers 2" where there are several kinds) with the layer's number, and "output" with None."""
         steps, logits = self._steps, self._logits
-        kinds = list(dict.fromkeys(id(step) for step, *_ in steps))
+        kinds = list(dict.fromkeys(id(step) for step, _ in steps))
         names = {kind: f"layers {at}" if len(kinds) > 1 else "layers" for at, kind in enumerate(kinds, 1)}
-        self._steps = [(watch(names[id(step)], step, self.layers[number], number), *rest)
-                       for number, (step, *rest) in enumerate(steps)]
+        self._steps = [(watch(names[id(step)], step, layer, number), window)
+                       for number, (layer, (step, window)) in enumerate(zip(self.layers, steps, strict=True))]
         self._logits = watch("output", logits, self.head, None)
         try:
             yield
@@ -205,6 +234,12 @@ class Compiled:
         width = self.head["norm"].shape[-1]
         return package(last, [torch.linspace(-1, 1, width)[None], *_flat(self.head)], f"head {signature} {softcap}",
                        (words, norm, project, Compiled._last, *_COMMON), None, self.progress)
+
+    def _unpack(self, weights: dict) -> None:
+        """Packages that unpack these matrices, where there are none."""
+        for matrix in weights.values():
+            if isinstance(matrix, Words) and matrix.layout not in self._unpackers:
+                self._unpackers[matrix.layout] = self._unpacker(matrix)
 
     def _unpacker(self, matrix: Words) -> Package:
         known, dtype = matrix.layout, self.dtype
@@ -293,19 +328,58 @@ def _quick_bytes(weights: Weights) -> float:
     return found
 
 
-# ---- weights as flat tensors ------------------------------------------------------------------------------------
+# ---- laying out -------------------------------------------------------------------------------------------------
 
-def _laid_out(weights: dict, small: bool = False) -> dict:
-    """Packed matrices as words, or as numbers where codes are none. Raises NotCompiled where those would be too large."""
-    def one(value):
-        if not isinstance(value, Packed):
-            return value
-        found = words.lay_out(value.blocks, value.format, value.cols, words.layout(value.format, None, small))
-        if found is None and small and value.format != "F32":
-            raise NotCompiled(f"no way is known to lay {value.format} as words within {words.ROOM:.2f} of the file")
-        return dense(value, torch.float32) if found is None else found
+Lay = Callable[[Packed, bool], Matrix]
 
-    return {name: one(value) for name, value in weights.items()}
+
+def laid_out(weights: Weights, small: bool = False, lay: Lay | None = None) -> Weights:
+    """All matrices of weights that were read by "compact" as words, those with the same input fused; the embedding stays as it
+    is. `lay`: what to make of a matrix, `lay_out` or `described`. Raises NotCompiled."""
+    made = [laid_out_layer(layer, shape, small, lay) for layer, shape in zip(weights.layers, weights.shapes, strict=True)]
+    return replace(weights, layers=tuple(layer for layer, _ in made), shapes=tuple(shape for _, shape in made),
+                   head=each_laid_out(weights.head, small, lay))
+
+
+def laid_out_layer(layer: dict, shape: LayerShape, small: bool = False, lay: Lay | None = None) -> tuple[dict, LayerShape]:
+    """One layer of it, and its shape."""
+    return _fused(each_laid_out(layer, small, lay), shape)
+
+
+def lay_out(matrix: Packed, small: bool = False) -> Matrix:
+    """A matrix as words, or as numbers where its codes are none. Raises NotCompiled where those would be too large."""
+    known = _layout(matrix.format, small)
+    return words.lay_out(matrix.blocks, matrix.format, matrix.cols, known) if known else dense(matrix, torch.float32)
+
+
+def described(matrix: Packed, small: bool = False) -> Matrix:
+    """What `lay_out` would give, without its numbers: tensors on torch's "meta" device. Nothing of the file is read."""
+    known = _layout(matrix.format, small)
+    if known is None:
+        return torch.empty(matrix.rows, matrix.cols, device="meta")
+    return Words(known, matrix.rows, matrix.cols, tuple(torch.empty(matrix.rows, *shape, device="meta") for shape in
+                                                        _shapes(matrix.format, matrix.cols, matrix.blocks.shape[1], known)))
+
+
+def each_laid_out(weights: dict, small: bool = False, lay: Lay | None = None) -> dict:
+    """Matrices of a layer, or of the head, each by itself."""
+    lay = lay or lay_out
+    return {name: lay(value, small) if isinstance(value, Packed) else value for name, value in weights.items()}
+
+
+def _layout(format: str, small: bool) -> Layout | None:
+    """None: as numbers. Raises NotCompiled where those would be too large."""
+    found = words.layout(format, None, small)
+    if found is None and small and format != "F32":
+        raise NotCompiled(f"no way is known to lay {format} as words within {words.ROOM:.2f} of the file")
+    return found
+
+
+@cache
+def _shapes(format: str, cols: int, bytes: int, known: Layout) -> list[torch.Size]:
+    """What a row of so many bytes becomes, laid out."""
+    row = torch.zeros(1, bytes, dtype=torch.uint8)
+    return [part.shape[1:] for part in words.lay_out(row, format, cols, known).tensors]
 
 
 def _fused(weights: dict, shape: LayerShape) -> tuple[dict, LayerShape]:
@@ -339,6 +413,8 @@ def _stacked(parts: list[Words]) -> Words:
     return Words(first.layout, sum(part.rows for part in parts), first.cols,
                  tuple(torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True)))
 
+
+# ---- weights as flat tensors ------------------------------------------------------------------------------------
 
 def _signature(weights: dict) -> Signature:
     """What of the weights is no tensor: in the order of names, for words their layout and size, for numbers themselves."""

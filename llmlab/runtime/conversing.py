@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from ..errors import LabError
 from .generating import Options, Stats, check_tokenizer, has_template, memory_of, stream
+from .speculating import proposer_of
 
 
 class Conversation:
@@ -12,15 +13,17 @@ class Conversation:
     where it has none, or where `chat` is False.
 
     messages: {"role", "content"} each, what was asked and answered in turn. system: comes before them; may be changed.
-    text: in plain continuation, what stands so far. stats: of the last answer, None before its end. Raises LabError for a
-    context that cannot be, for a system message where there is no template, and where there is no tokenizer.
+    text: in plain continuation, what stands so far. stats: of the last answer, None before its end. draft: what guesses tokens,
+    as in `generating.stream`. Raises LabError for a context that cannot be, for a system message where there is no template,
+    where there is no tokenizer, and for a draft that cannot guess for this model.
     """
 
-    def __init__(self, model, tokenizer, system: str = "", context: int | None = None, chat: bool = True):
+    def __init__(self, model, tokenizer, system: str = "", context: int | None = None, chat: bool = True, draft=None):
         check_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.chat, self.system = chat and has_template(tokenizer), system
         self.memory = memory_of(model, context)
+        self.draft = proposer_of(draft, self.memory, tokenizer)
         self.clear()
         if system and not self.chat:
             raise LabError(_NO_PLACE)
@@ -38,7 +41,8 @@ class Conversation:
         self.stats = None
         asked = [*self.messages, {"role": "user", "content": said}]
         text = said or self.text
-        coming = stream(self.model, self.tokenizer, self._first() + asked if self.chat else text, options, stopped, self.memory)
+        coming = stream(self.model, self.tokenizer, self._first() + asked if self.chat else text, options, stopped, self.memory,
+                        self.draft)
         try:
             yield from coming
         finally:

@@ -7,8 +7,9 @@ is the memory that `generating.stream` reads on from.
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,17 +18,22 @@ from ..gguf import GGUFFile, read_gguf
 from ..gguf.words import show_path
 from ..kernels import Packed, rows
 from ..kernels.arithmetic import multiply_in
+from ..kernels.compact import Compact
 from ..kernels.packing import STRATEGIES
 from ..memory import cache_types, checked_integer
 from . import recalling, rope
 from .cache import LayerCache, cells_of
 from .generating import out_of_memory, same_beginning, usable_context, whole
+from .gradients import without_gradients
 from .graphing import Step
 from .heap import give_back
 from .keys import Keys
-from .layers import Attend, LayerShape, Remember, block, norm, project, turn
+from .layers import Attend, LayerShape, Matmul, Remember, block, norm, one, project, turn
 from .tensors import GGUFSource
 from .weights import Turning, Weights, read
+
+if TYPE_CHECKING:
+    from .compiled import Compiled
 
 __all__ = ["Decoder", "LayerShape", "block"]
 
@@ -40,30 +46,42 @@ def multiply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     return packed.kernels[0].matmul(x)
 
 
+def multiply_each(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """The same for each token, to the bit as `multiply` gives it alone."""
+    kernel = packed.kernels[0]
+    if isinstance(kernel, Compact):
+        return kernel.matmul_each(x)
+    return torch.cat([kernel.matmul(row.clone()) for row in x.split(1)])
+
+
 class Decoder:
     """A model that reads tokens and says what comes next.
 
     tokens: what was read, but for what `shift` has `dropped` after the first `kept` (None: it never did). context: most tokens
     it may hold; trained: what the model was trained with. dtype: in which matrices are multiplied. kv: the types of keys and
-    values, None for plain numbers. path, architecture: of the file. why: what was chosen for the weights, in a line.
+    values, None for plain numbers. fixed: whether room for a whole context is there from the beginning, and stays.
+    cache_device: where the cache lies. path, architecture: of the file. why: what was chosen for the weights, in a line.
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype, context: int | None = None, file: GGUFFile | None = None,
-                 kv: str | tuple[str, str] | None = None, sinks: int = 0, recent: int = 0, rotate: bool = False):
+                 kv: str | tuple[str, str] | None = None, sinks: int = 0, recent: int = 0, rotate: bool = False,
+                 fixed: bool = False, compiled: "Compiled | None" = None, cache_device: torch.device | None = None):
         self.weights, self.dtype, self.trained = weights, dtype, weights.trained
         self.context = usable_context(context, weights.trained)
         if kv is None and (sinks or recent or rotate):
             raise LabError("sinks, recent and rotate are about a cache of packed pages; give kv, such as kv='q8_0'")
         self.kv = kv if kv is None else cache_types(kv)
-        self.sinks, self.recent, self.rotate = sinks, recent, rotate
+        self.sinks, self.recent, self.rotate, self.fixed = sinks, recent, rotate, fixed
         self._reserved = context is not None        # a packed cache has all its room at once where somebody said how much
         self.file = file
         self.path, self.architecture = (file.paths[0], file.architecture) if file else ("", "")
         self.device = weights.embedding.device
+        self.cache_device = cache_device or self.device
         # A token's layers as one CUDA graph; by torch.compile.
         self.graphed, self.fused = self.device.type == "cuda" and kv is None, False
         self.cache_dtype = multiply_in(dtype, self.device.type)
-        self.compiled, self.multiply = None, multiply
+        self.compiled, self.multiply = compiled, compiled.multiply if compiled else multiply
+        self.cells, self.caches = 0, []
         self.lock = threading.RLock()       # one text at a time: whoever goes on with one holds it
         packed = weights.packed()
         self._files = file.sources if file and any(matrix.mapped for matrix in packed) else ()
@@ -71,6 +89,8 @@ class Decoder:
         told = [f"{count} of {len(packed)} matrices {way} ({why})" for (way, why), count in reasons.most_common(3)]
         self.strategy = " + ".join(way for way, _ in Counter(p.strategy for p in packed).most_common())
         self.why = "; ".join([*[weights.chosen] * bool(weights.chosen), *told])
+        if compiled:
+            self.strategy, self.why = "compiled", compiled.why
         self.forget()
 
     @classmethod
@@ -90,7 +110,7 @@ class Decoder:
         shown = show_path(file.paths[0])
         if file.is_projector:
             raise LabError(f"{shown} is the projector of a model, not a model; give the model's own file")
-        dtype = dtype or _quick(torch.device(device))
+        dtype = dtype or quick_dtype(torch.device(device))
         source, keys = GGUFSource(file), Keys(file.metadata, file.architecture, shown)
         if not compile or torch.device(device).type == "cuda":      # a card's own kernels stay; what lies between them is fused
             found = cls(read(source, keys, dtype, strategy, device), dtype, context, file, kv, sinks, recent, rotate)
@@ -106,8 +126,7 @@ class Decoder:
             found = cls.open(file, dtype, strategy, context, device, kv=kv, sinks=sinks, recent=recent, rotate=rotate)
             found.why = f"not compiled: {error}; {found.why}"
             return found
-        found = cls(weights, torch.float32, context, file, kv, rotate=rotate)
-        found.compiled, found.multiply, found.why, found.strategy = made, made.multiply, made.why, "compiled"
+        found = cls(weights, torch.float32, context, file, kv, rotate=rotate, compiled=made)
         for part in file.sources:       # all of it was read once, to be laid out anew
             part.let_go()
         give_back()
@@ -123,12 +142,17 @@ class Decoder:
     def forget(self) -> None:
         """Empty it."""
         self.tokens: list[int] = []
-        self.cells, self.caches, self.tables, self.step = 0, [], [], None
+        self.tables, self.step = [], None
         self.dropped: list[int] = []
         self.kept: int | None = None
         self.long = False      # whether by the angles for longer texts
+        if self.kv or not self.fixed:
+            self.cells, self.caches = 0, []
         if self.kv:
             self.caches = self._packed_caches()
+        if self.fixed:
+            self.grow(self.context)
+            self.tables = []        # they go by what `recall` or a longer text says next
 
     def keep(self, tokens: list[int]) -> int:
         """Drop what is not the beginning of `tokens`; how many of them need not be read again (never all: the last one's
@@ -158,7 +182,7 @@ class Decoder:
             if count < 1:
                 raise LabError(f"{len(self.tokens):,} tokens were read and the first {keep:,} are to stay; there is nothing to "
                                "drop")
-            with whole(self), torch.no_grad():
+            with whole(self):
                 self._shift(keep, count)
             return count
 
@@ -203,6 +227,13 @@ class Decoder:
         with self.lock:
             return self._read(tokens, len(tokens))
 
+    def read_each(self, tokens: list[int]) -> torch.Tensor:
+        """Read `tokens` after what was read before; the logits after each of them, [tokens, vocabulary] in float32. They are to
+        the bit those of reading one at a time, and each layer is wanted only once: token after token goes through it. Raises
+        as `read` does."""
+        with self.lock:
+            return self._read_each(tokens)
+
     # ---- inside --------------------------------------------------------------------------------------------------
 
     def _packed_caches(self) -> list[LayerCache]:
@@ -212,7 +243,7 @@ class Decoder:
                 room = cells_of(self.context, widest if shape.window else 0)
                 made.append(LayerCache(self.kv, shape.kv_heads, shape.head_dim, shape.head_dim, window=shape.window,
                                        cells=room if self._reserved else 1, capacity=room, sinks=self.sinks,
-                                       recent=self.recent, rotate=self.rotate, device=self.device))
+                                       recent=self.recent, rotate=self.rotate, device=self.cache_device))
         except RuntimeError as error:
             if out_of_memory(error):
                 raise LabError(f"memory does not suffice for a cache of {self.context:,} tokens; give a smaller context or a "
@@ -227,6 +258,7 @@ class Decoder:
             return False
         return not self.kv or all(cache.holds(length) for cache in self.caches)
 
+    @without_gradients
     def _shift(self, keep: int, count: int) -> None:
         held, first = len(self.tokens), len(self.dropped) + keep
         for cache, shape, turning in zip(self.caches, self.weights.shapes, self.weights.turning, strict=True):
@@ -247,19 +279,14 @@ class Decoder:
     def _turned(self, keys: torch.Tensor, shape: LayerShape, turning: Turning, by: int) -> torch.Tensor:
         """keys [..., head_dim] float32, turned on by so many positions."""
         frequencies = turning.long[0] if self.long and turning.long else turning.frequencies
-        x = keys.reshape(-1, 1, shape.head_dim).clone()
+        x = keys.reshape(-1, 1, shape.head_dim).to(self.device, copy=True)
         turn(x, shape, *rope.table(frequencies, 1.0, by, by + 1, turning.pairs))
-        return x.view(keys.shape)
+        return x.view(keys.shape).to(keys.device)
 
-    @torch.no_grad()        # not in inference mode: what comes out may be written to and learned from
+    @without_gradients        # not in inference mode: what comes out may be written to and learned from
     def _read(self, tokens: list[int], wanted: int) -> torch.Tensor:
         """The logits after the last `wanted` tokens."""
-        if not tokens:
-            raise LabError("there is nothing to read; give one token at least")
-        if self.context is not None and (many := len(self.tokens) + len(tokens)) > self.context:
-            raise LabError(f"the text would be {many:,} tokens, the context holds {self.context:,}; shorten it or begin anew")
-        for file in self._files:
-            file.check_in_place()
+        self._check(tokens)
         with whole(self):
             if self._is_long(len(self.dropped) + len(self.tokens) + len(tokens)) != self.long:
                 tokens = self.tokens + tokens       # what was read was turned by other angles: read it again
@@ -268,55 +295,141 @@ class Decoder:
             found, first = [], len(tokens) - wanted
             for start in range(0, len(tokens), _PIECE):
                 piece = tokens[start:start + _PIECE]
-                x = self._layers(piece, len(self.tokens) + len(tokens) - start)
+                asked = start + len(piece) > first
+                x = self._layers(piece, len(self.tokens) + len(tokens) - start, asked)
                 self.tokens += piece
-                if start + len(piece) > first:
+                if asked:
                     found.append(self._head(x[max(0, first - start):]))
             return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _layers(self, tokens: list[int], ahead: int) -> torch.Tensor:
-        """x [tokens, width] after the last layer; `ahead`: how many cells will be wanted."""
-        start, count, weights = len(self.tokens), len(tokens), self.weights
-        stop = start + count
-        self.grow(ahead)
+    @without_gradients
+    def _read_each(self, tokens: list[int]) -> torch.Tensor:
+        self._check(tokens)
+        start, many = len(self.tokens), len(tokens)
+        if many == 1 or self.graphed or self._is_long(len(self.dropped) + start + many) != self.long:
+            return torch.cat([self._read([token], 1) for token in tokens])
+        if self.compiled and not start:     # the first token of all goes the way of many
+            return torch.cat([self._read(tokens[:1], 1), self._read_each(tokens[1:])])
+        with whole(self):
+            self.grow(start + many)
+            xs = [self._embedded([token]) for token in tokens]      # each in memory of its own, as it is when read alone
+            if self.compiled:
+                xs = self._compiled(torch.cat(xs), start).split(1)
+            elif any(shape.experts for shape in self.weights.shapes):
+                steps = [self._step(start + at, 1) for at in range(many)]
+                for layer, *rest in self._through(start + many):
+                    for at, step in enumerate(steps):
+                        xs[at] = step(xs[at], layer, *rest)
+            else:
+                x, step = torch.cat(xs), self._each(start, many)
+                for layer, *rest in self._through(start + many):
+                    x = step(x, layer, *rest)
+                self.tokens += tokens
+                return self._head(x, multiply_each)
+            self.tokens += tokens
+            return torch.cat([self._head(x) for x in xs])
+
+    def _check(self, tokens: list[int]) -> None:
+        """Raises LabError and BadFile where these cannot be read now."""
+        if not tokens:
+            raise LabError("there is nothing to read; give one token at least")
+        if self.context is not None and (many := len(self.tokens) + len(tokens)) > self.context:
+            raise LabError(f"the text would be {many:,} tokens, the context holds {self.context:,}; shorten it or begin anew")
+        for file in self._files:
+            file.check_in_place()
+
+    def _embedded(self, tokens: list[int]) -> torch.Tensor:
+        """[tokens, width] float32, what goes into the first layer."""
+        weights = self.weights
         x = rows(weights.embedding, torch.tensor(tokens, device=self.device), self.dtype).float()
-        if weights.scale != 1.0:
-            x = (x.to(self.dtype) * weights.scale).float()
+        return x if weights.scale == 1.0 else (x.to(self.dtype) * weights.scale).float()
+
+    def _through(self, stop: int, head: bool = True) -> Iterator[tuple[dict, LayerShape, int, torch.Tensor | LayerCache]]:
+        """The layers as they are handed out, with their shapes, turnings and caches; the text will be of `stop` tokens."""
+        weights = self.weights
+        return zip(weights.handed(head), weights.shapes, weights.turning, self.caches, strict=True)
+
+    def _layers(self, tokens: list[int], ahead: int, head: bool) -> torch.Tensor:
+        """x [tokens, width] after the last layer; `ahead`: how many cells will be wanted; `head`: whether logits follow."""
+        start, count = len(self.tokens), len(tokens)
+        self.grow(ahead)
+        x = self._embedded(tokens)
         if count == 1 and self.graphed:
             if self.step is None:
-                self.step = Step(weights, self.caches, self.tables, multiply, x, start, self.fused)
+                self.step = Step(self.weights, self.caches, self.tables, multiply, x, start, self.fused)
             return self.step(x, start)
-        tables = [(cos[start:stop], sin[start:stop]) for cos, sin in self.tables]
         if count == 1 and start and self.compiled:
-            place = start + len(self.dropped) if self.kv else start
-            return self.compiled.token(x, self.caches, [tables[turning] for turning in weights.turning], place)
-        masks: dict[int, torch.Tensor | None] = {}
+            return self._compiled(x, start)
+        step = self._step(start, count)
+        for layer, *rest in self._through(start + count, head):
+            x = step(x, layer, *rest)
+        return x
+
+    def _compiled(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """x [n, width] of the tokens from number `start`, 1 at least, after the last layer, as each is when it comes alone."""
+        tables = [(cos[start:start + len(x)], sin[start:start + len(x)]) for cos, sin in self.tables]
+        place = start + len(self.dropped) if self.kv else start
+        return self.compiled.tokens(x, self.caches, [tables[turning] for turning in self.weights.turning], place)
+
+    def _step(self, start: int, count: int) -> Callable[..., torch.Tensor]:
+        """What takes `count` tokens from number `start` on through one layer after another."""
+        stop, masks = start + count, {}
+        tables = [(cos[start:stop], sin[start:stop]) for cos, sin in self.tables]
         at = torch.arange(start, stop, device=self.device).add_(len(self.dropped)) if self.kv else None
-        for layer, shape, turning, cache in zip(weights.layers, weights.shapes, weights.turning, self.caches, strict=True):
-            if self.kv:
-                x = block(x, layer, shape, self.multiply, _packed(cache, at, shape, layer.get("sinks")), *tables[turning])
-                continue
+
+        def packed(x: torch.Tensor, layer: dict, shape: LayerShape, turning: int, cache: LayerCache) -> torch.Tensor:
+            return block(x, layer, shape, self.multiply, _packed(cache, at, shape, layer.get("sinks")), *tables[turning])
+
+        def plain(x: torch.Tensor, layer: dict, shape: LayerShape, turning: int, cache: torch.Tensor) -> torch.Tensor:
             first = max(0, start + 1 - shape.window) if shape.window else 0
 
-            def remember(new, cache=cache, first=first):
+            def remember(new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 cache.narrow(2, start, count).copy_(new)
                 return cache.narrow(2, first, stop - first).unbind()
 
             if count > 1 and shape.window not in masks:
                 masks[shape.window] = _mask(start, stop, first, shape.window, self.device)
-            x = block(x, layer, shape, self.multiply, remember, *tables[turning], masks.get(shape.window))
-        return x
+            return block(x, layer, shape, self.multiply, remember, *tables[turning], masks.get(shape.window))
 
-    def _head(self, x: torch.Tensor) -> torch.Tensor:
-        head, softcap = self.weights.head, self.weights.softcap
+        return packed if self.kv else plain
+
+    def _each(self, start: int, count: int) -> Callable[..., torch.Tensor]:
+        """What takes `count` tokens from number `start` on through one layer after another as each goes alone, to the bit: its
+        matrices are unpacked once for all of them, and each looks at what was before it."""
+        tables = [(cos[start:start + count], sin[start:start + count]) for cos, sin in self.tables]
+        places = torch.arange(start, start + count, device=self.device).add_(len(self.dropped)).split(1)
+
+        def step(x: torch.Tensor, layer: dict, shape: LayerShape, turning: int, cache) -> torch.Tensor:
+            sinks = layer.get("sinks")
+
+            def alone(at: int, new: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+                if self.kv:
+                    return _packed(cache, places[at], shape, sinks)(new)(q)
+                cache.narrow(2, start + at, 1).copy_(new)
+                first = max(0, start + at + 1 - shape.window) if shape.window else 0
+                keys, values = cache.narrow(2, first, start + at + 1 - first).unbind()
+                q = q[0].mul(shape.scale).view(shape.kv_heads, -1, shape.head_dim).to(keys.dtype)
+                return one(q, keys, values, shape, None, sinks).view(1, shape.heads, -1)
+
+            def remember(new: torch.Tensor) -> Attend:
+                return lambda q: torch.cat([alone(at, new[:, :, at:at + 1], q[at:at + 1]) for at in range(count)])
+
+            return block(x, layer, shape, multiply_each, remember, *tables[turning])
+
+        return step
+
+    def _head(self, x: torch.Tensor, multiply: Matmul | None = None) -> torch.Tensor:
+        head, softcap = self.weights.last(), self.weights.softcap
         if self.compiled and x.shape[0] == 1:
             return self.compiled.logits(x)
-        logits = project(norm(x, head, "norm").to(self.dtype), head, "output", self.multiply).float()
+        logits = project(norm(x, head, "norm").to(self.dtype), head, "output", multiply or self.multiply).float()
         return torch.tanh(logits / softcap) * softcap if softcap else logits
 
     def grow(self, cells: int) -> None:
         """Room for so many cells: twice as many as there are, so that what is there is copied seldom."""
         if cells <= self.cells:
+            if not self.tables:
+                self._make_tables()
             return
         before, after = len(self.tokens), max(cells, 2 * self.cells, _ROOM)
         if self.context is not None:
@@ -327,7 +440,7 @@ class Decoder:
             return
         self.cells, old, self.caches, self.tables, self.step = 0, self.caches, [], [], None
         for number, shape in enumerate(self.weights.shapes):
-            larger = torch.empty(2, shape.kv_heads, after, shape.head_dim, dtype=self.cache_dtype, device=self.device)
+            larger = torch.empty(2, shape.kv_heads, after, shape.head_dim, dtype=self.cache_dtype, device=self.cache_device)
             if self.compiled:       # packages take cells in one piece
                 larger = larger.view(2, after, shape.kv_heads, shape.head_dim).transpose(1, 2)
             if before:
@@ -366,7 +479,7 @@ def _mask(start: int, stop: int, first: int, window: int, device: torch.device) 
     return (cells <= rows) & (cells > rows - window) if window else cells <= rows
 
 
-def _quick(device: torch.device) -> torch.dtype:
+def quick_dtype(device: torch.device) -> torch.dtype:
     """The dtype that matrices are quickest multiplied in."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -1,10 +1,8 @@
-"""Text from a model, piece by piece: sampling, stop strings, and a memory of what was read before."""
+"""Text from a model, piece by piece, with a memory of what was read before."""
 
 import contextlib
 import inspect
-import math
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,62 +12,12 @@ import torch
 
 from ..errors import LabError
 from ..units import format_seconds
+from .sampling import Chooser, Options, Stops, Words
+from .speculating import Ahead, proposer_of
 
 ENDS = ("end of turn", "stop string", "limit", "stopped", "context full")
 _CHUNK = 256             # prompt tokens read at once: between two chunks a reader can stop
-_PENALIZED = 64          # the last tokens that a repeat penalty looks at (llama.cpp: penalty_last_n)
 _OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory", re.IGNORECASE)    # torch's words
-_UNFINISHED = 16         # tokens after which text that is still no UTF-8 is handed out as it is
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the next token is chosen, and when to end. Defaults are those of llama.cpp's tools (common.h).
-
-    temperature: 0 takes the likeliest token each time. top_k: only so many of the likeliest (0: all). top_p: only the
-    likeliest that together have this share (1: all). min_p: only those at least this share as likely as the likeliest
-    (0: all). repeat_penalty: above 1 makes tokens of the last 64 less likely (1: off). seed: the same seed gives the same
-    text (None: a new one each time). max_tokens: most new tokens (None: to the end of the turn or of the context).
-    stop: texts that end the answer; they are not part of it. shift: what happens when the context is full. None: the answer
-    ends; a number: of what was read the older half is dropped but for the first so many tokens, again and again, and a prompt
-    may be longer than the context too (a lean decoder can; llama.cpp's --context-shift and --keep). Raises LabError, naming the
-    option.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    shift: int | None = None
-
-    def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, (tuple, list)) or not all(isinstance(one, str) and one for one in stop):
-            raise LabError(f"stop is {stop!r:.60}; give texts that are not empty")
-        object.__setattr__(self, "stop", tuple(stop))
-        for name, whole, low, high, says in _RANGES:
-            value = getattr(self, name)
-            if value is None and name in ("seed", "max_tokens", "shift"):
-                continue
-            right = isinstance(value, int) or not whole and isinstance(value, float) and math.isfinite(value)
-            if not right or isinstance(value, bool) or not low <= value <= high:
-                raise LabError(f"{name} is {value!r:.40}; give {says}")
-
-
-_RANGES = (              # option, whether it is whole, lowest, highest, what to give
-    ("temperature", False, 0, 100, "a number from 0 (always the likeliest token) up to 100; 0.8 is common"),
-    ("top_k", True, 0, 2**31 - 1, "a whole number of tokens; 0 is all of them"),
-    ("top_p", False, 1e-6, 1, "a share above 0 and up to 1; 1 is all tokens"),
-    ("min_p", False, 0, 1, "a share from 0 (all tokens) to 1"),
-    ("repeat_penalty", False, 0.01, 100, "a number around 1, such as 1.1; 1 is no penalty"),
-    ("seed", True, 0, 2**63 - 1, "a whole number from 0 up, or none for a new one each time"),
-    ("max_tokens", True, 1, 2**31 - 1, "a whole number from 1 up, or none for no limit"),
-    ("shift", True, 0, 2**31 - 1, "how many first tokens stay when the context is full, from 0 up, or none to end there"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,6 +27,8 @@ class Stats:
     prompt_tokens: the whole prompt. reused_tokens: those of them that were in the memory already. tokens: of the answer,
     without the one that ended the turn. first_seconds: from the question to the first token. prompt_rate: tokens per second
     of the part that was read. rate: tokens per second after the first. ended: one of ENDS. seed: what was drawn with.
+    passes: over the model after the prompt's. proposed, accepted: tokens that a draft guessed and that were read with others,
+    and those of them that came; None without a draft.
     """
 
     prompt_tokens: int
@@ -89,6 +39,14 @@ class Stats:
     rate: float | None
     ended: str
     seed: int | None
+    passes: int = 0
+    proposed: int | None = None
+    accepted: int | None = None
+
+    @property
+    def tokens_a_pass(self) -> float | None:
+        """Tokens that a pass over the model brought, after the first; None where there was no pass."""
+        return 1 + (self.accepted or 0) / self.passes if self.passes else None
 
     def __str__(self) -> str:
         kept = f", {self.reused_tokens:,} of them from memory" if self.reused_tokens else ""
@@ -98,6 +56,9 @@ class Stats:
             said.append(f"first token after {format_seconds(self.first_seconds)}")
         rate = f" ({self.rate:.1f} tokens/s)" if self.rate else ""
         said.append(f"{self.tokens:,} new {_plural('token', self.tokens)}{rate}")
+        if self.proposed is not None:
+            said.append(f"{self.accepted:,} of {self.proposed:,} guesses right"
+                        + (f", {self.tokens_a_pass:.2f} tokens a pass" if self.passes else ""))
         return f"{'; '.join(said)}; {self.ended} [measured]"
 
 
@@ -108,7 +69,7 @@ def _plural(word: str, count: int) -> str:
 class Reader(Protocol):
     """What `stream` reads with: the Memory of a transformers model, or a lean decoder, which remembers by itself. `tokens`:
     read so far; `context`: most it may hold; `trained`: what it was trained for; the methods are Memory's. A lean decoder has
-    `shift`, `check_shift` and `kept`, too."""
+    `shift`, `check_shift`, `kept` and `read_each`, too."""
 
     tokens: list[int]
     context: int | None
@@ -141,7 +102,7 @@ class Shorter:
     def __init__(self, decoder: Reader, context: int):
         self.decoder, self.context, self.trained = decoder, context, decoder.trained
         self.forget, self.keep, self.read = decoder.forget, decoder.keep, decoder.read
-        self.shift, self.check_shift = decoder.shift, decoder.check_shift
+        self.shift, self.check_shift, self.read_each = decoder.shift, decoder.check_shift, decoder.read_each
 
     @property
     def tokens(self) -> list[int]:
@@ -256,21 +217,24 @@ def _shortens(layer, drop: int) -> bool:
 
 
 def stream(model, tokenizer, messages_or_text: list[dict] | str, options: Options | None = None,
-           stopped: Callable[[], bool] | None = None, memory: Reader | None = None) -> "Stream":
+           stopped: Callable[[], bool] | None = None, memory: Reader | None = None, draft=None) -> "Stream":
     """The answer of `model` (transformers' or a lean decoder), as an iterator of text pieces; `.stats` when it has ended.
 
     messages_or_text: messages ({"role", "content"}) go through the tokenizer's chat template; a text is continued as it
     is. stopped: asked before each token; true ends the answer. memory: what to read on from; kept between turns, only what
-    is new is read. Raises LabError where there is no template, nothing to read, or more than the context holds.
+    is new is read. draft: what guesses tokens for a lean decoder, which reads them together; the text stays the same. "lookup"
+    looks in the text so far; a small model's decoder, or the (decoder, words) of `llmlab.decoder`, guesses by itself; and so
+    does a proposer of `runtime.speculating`, which goes on from one text to the next with what it learned. Raises LabError
+    where there is no template, nothing to read, more than the context holds, and a draft that cannot guess for this model.
     """
-    return Stream(model, tokenizer, messages_or_text, options or Options(), stopped,
-                  memory_of(model) if memory is None else memory)
+    memory = memory_of(model) if memory is None else memory
+    return Stream(model, tokenizer, messages_or_text, options or Options(), stopped, memory, draft)
 
 
 class Stream:
     """See `stream`. `text` is what has come so far; `stats` is None until the end; `close()` ends it early."""
 
-    def __init__(self, model, tokenizer, messages_or_text, options, stopped, memory):
+    def __init__(self, model, tokenizer, messages_or_text, options, stopped, memory, draft=None):
         self.text, self.stats, self.memory = "", None, memory
         self._tokenizer, self._options, self._stopped = tokenizer, options, stopped or (lambda: False)
         check_tokenizer(tokenizer)
@@ -278,8 +242,10 @@ class Stream:
         named = tokenizer.get_added_vocab()
         self._stop_ids = {named[one] for one in options.stop if one in named}
         self._prompt = prompt_tokens(tokenizer, messages_or_text)
-        self._choose = _Chooser(options)
+        self._choose = Chooser(options)
         _check_room(len(self._prompt), memory, options.shift)
+        proposer = proposer_of(draft, memory, tokenizer)
+        self._ahead, self._passes = proposer and Ahead(memory, proposer), 0
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -304,7 +270,7 @@ class Stream:
             if logits is None:
                 return
             clock.read()
-            words, stops = _Words(self._tokenizer, prompt), _Stops(self._options.stop)
+            words, stops = Words(self._tokenizer, prompt), Stops(self._options.stop)
             while not self._stopped():
                 token = self._choose(logits, prompt, new)
                 clock.token()
@@ -317,23 +283,51 @@ class Stream:
                     yield text
                 if stops.found:
                     ended = "stop string"
-                    return
+                    break
                 if len(new) == self._options.max_tokens:
                     ended = "limit"
                     break
                 if self._options.shift is None and memory.context is not None and len(prompt) + len(new) >= memory.context:
                     ended = "context full"
                     break
-                self._make_room(1)
-                logits = memory.read([token])
-            text = stops.pass_on(words.rest())
-            if stops.found:
-                ended = "stop string"
-            if text := text + stops.rest():
-                yield text
+                logits = self._after(new)
+            if self._ahead:
+                self._ahead.take_back(prompt + new)
+            if not stops.found:
+                text = stops.pass_on(words.rest())
+                if stops.found:
+                    ended = "stop string"
+                if text := text + stops.rest():
+                    yield text
         finally:
+            guessed = (self._ahead.proposed, self._ahead.accepted) if self._ahead else (None, None)
             self.stats = Stats(len(prompt), reused, len(new), clock.first, clock.rate_of_prompt(len(prompt) - reused),
-                               clock.rate(), ended, self._choose.seed)
+                               clock.rate(), ended, self._choose.seed, self._passes, *guessed)
+
+    def _after(self, new: list[int]) -> torch.Tensor:
+        """The logits after the last of `new`, the answer so far."""
+        if not self._ahead:
+            self._make_room(1)
+            self._passes += 1
+            return self.memory.read(new[-1:])
+        said = self._prompt + new
+        if (logits := self._ahead.known(said)) is not None:
+            return logits
+        self._make_room(1)
+        choose = self._choose.fork()        # what a draft says is drawn with the numbers that will be drawn with here
+        logits = self._ahead.read(said, self._left(new), lambda logits, found: choose(logits, self._prompt, new + found),
+                                  self._ends | self._stop_ids)
+        self._passes = self._ahead.passes
+        return logits
+
+    def _left(self, new: list[int]) -> int:
+        """How many tokens may come after the next one."""
+        options, context, limits = self._options, self.memory.context, [2**31]
+        if options.max_tokens is not None:
+            limits.append(options.max_tokens - len(new))
+        if options.shift is None and context is not None:
+            limits.append(context - len(self._prompt) - len(new))
+        return min(limits) - 1
 
     def _read_prompt(self, tokens: list[int]) -> torch.Tensor | None:
         logits, context, shift = None, self.memory.context, self._options.shift
@@ -382,9 +376,9 @@ def has_template(tokenizer) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def prompt_tokens(tokenizer, messages_or_text: list[dict] | str) -> list[int]:
+def prompt_tokens(tokenizer, messages_or_text: list[dict] | str, tools: list[dict] | None = None) -> list[int]:
     """The tokens of a text (with what the tokenizer puts before every text), or of messages in the chat template (which
-    writes that itself). Raises LabError where there is no template."""
+    writes that itself). tools: functions for a template that knows them. Raises LabError where there is no template."""
     if isinstance(messages_or_text, str):
         return list(tokenizer(_unicode(messages_or_text), verbose=False)["input_ids"])
     if not isinstance(messages_or_text, (list, tuple)):
@@ -392,7 +386,7 @@ def prompt_tokens(tokenizer, messages_or_text: list[dict] | str) -> list[int]:
     if not has_template(tokenizer):
         raise LabError("this model's file has no chat template; give a text to continue instead of messages")
     try:
-        text = tokenizer.apply_chat_template(messages_or_text, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages_or_text, tools=tools, tokenize=False, add_generation_prompt=True)
     except LabError:
         raise
     except Exception as error:           # a folder's template is a program by strangers: it fails in any way
@@ -421,112 +415,6 @@ def end_tokens(model, tokenizer) -> set[int]:
     if hasattr(model, "config"):
         named.append(model.config.get_text_config().eos_token_id)
     return {token for one in named if one is not None for token in (one if isinstance(one, (list, tuple)) else [one])}
-
-
-class _Chooser:
-    """Chooses the next token by the options, in llama.cpp's order: penalty, top k, top p, min p, temperature, draw."""
-
-    def __init__(self, options: Options):
-        self._options = options
-        self.seed = None
-        if options.temperature > 0:
-            self.seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-            self._random = torch.Generator().manual_seed(self.seed)  # of the processor: the same draws on every device
-
-    @torch.inference_mode()
-    def __call__(self, logits: torch.Tensor, prompt: list[int], new: list[int]) -> int:
-        options, scores = self._options, logits
-        if options.repeat_penalty != 1:
-            scores = _penalized(scores, (prompt[-_PENALIZED:] + new)[-_PENALIZED:], options.repeat_penalty)
-        if options.temperature == 0:
-            best = scores.argmax()
-            if not torch.isfinite(scores[best]):
-                raise _no_numbers()
-            return int(best)
-        # All that follows looks at the shortlist alone: sorting 150,000 scores for each token would cost more than that.
-        many = len(scores)
-        scores, tokens = (one.cpu() for one in scores.topk(min(options.top_k or many, many)))      # the likeliest first
-        if not torch.isfinite(scores[0]):
-            raise _no_numbers()
-        if options.top_p < 1:
-            scores = _top_p(scores, options.top_p)
-        if options.min_p > 0:
-            scores = scores.masked_fill(scores.softmax(-1) < options.min_p * scores.softmax(-1)[0], -torch.inf)
-        chances = ((scores - scores[0]) / options.temperature).softmax(-1)
-        return int(tokens[torch.multinomial(chances, 1, generator=self._random)])
-
-
-def _penalized(scores: torch.Tensor, tokens: list[int], penalty: float) -> torch.Tensor:
-    """Scores [vocabulary] with those of `tokens` made less likely (Keskar et al. 2019): divided, or multiplied below 0."""
-    tokens = torch.tensor(tokens, dtype=torch.long, device=scores.device)
-    found = scores[tokens]
-    return scores.index_put((tokens,), torch.where(found < 0, found * penalty, found / penalty))
-
-
-def _top_p(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """Sorted scores, those cut off at -inf that the likeliest do without to have this share; the likeliest always stays."""
-    rest = scores.softmax(-1).flip(-1).cumsum(-1).flip(-1)       # of a token and all less likely ones
-    cut = rest <= 1 - share
-    cut[0] = False
-    return scores.masked_fill(cut, -torch.inf)
-
-
-def _no_numbers() -> LabError:
-    return LabError("the model's logits are not numbers; its file may be damaged, or its numbers too large for float16: "
-                    "load it with dtype=torch.float32")
-
-
-class _Words:
-    """Tokens as text, a piece at a time. A character may take several tokens, and whether a token begins with a space is
-    seen only beside the one before: so each piece is what a few tokens more make of the text of those before."""
-
-    def __init__(self, tokenizer, prompt: list[int]):
-        self._tokenizer, self._new = tokenizer, []
-        self._before = next((prompt[-n:] for n in range(1, 9) if "\ufffd" not in self._decode(prompt[-n:])), [])
-
-    def add(self, token: int) -> str:
-        self._new.append(token)
-        text = self._text()
-        if text.endswith("\ufffd") and len(self._new) < _UNFINISHED:
-            return ""
-        return self._done(text)
-
-    def rest(self) -> str:
-        """What is still held back."""
-        return self._done(self._text()) if self._new else ""
-
-    def _text(self) -> str:
-        return self._decode(self._before + self._new)[len(self._decode(self._before)):]
-
-    def _done(self, text: str) -> str:
-        if text:                         # a special token has none, and would hide the space that follows
-            self._before, self._new = self._new, []
-        return text
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-class _Stops:
-    """Passes text on up to the first stop string, and holds back an end that may become one."""
-
-    def __init__(self, stops: tuple[str, ...]):
-        self._stops, self._held, self.found = stops, "", False
-
-    def pass_on(self, text: str) -> str:
-        text, self._held = self._held + text, ""
-        places = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
-        if places:
-            self.found = True
-            return text[:min(places)]
-        longest = max((n for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])),
-                      default=0)
-        self._held = text[len(text) - longest:]
-        return text[:len(text) - longest]
-
-    def rest(self) -> str:
-        """What is still held back: it became no stop string."""
-        return "" if self.found else self._held
 
 
 class _Clock:

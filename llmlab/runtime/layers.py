@@ -194,22 +194,30 @@ def activated(found: list[torch.Tensor], shape: LayerShape) -> torch.Tensor:
 
 
 def mixture(y: torch.Tensor, weights: dict, shape: LayerShape, matmul: Matmul) -> torch.Tensor:
-    """Experts: y [tokens, width], normed -> [tokens, width] float32. Those that no token chose are not touched."""
+    """Experts: y [tokens, width], normed -> [tokens, width] float32. Those that no token chose are not touched.
+
+    Where they come one by one weights["fetch"] is given those that were chosen, rising, and the choices int [tokens, used];
+    it hands them out, each to be used before the next is asked for: of several tokens in this order, of one in any.
+    """
     chances = functional.linear(y.float(), weights["router"], weights.get("router.bias")).softmax(-1)
     found, chosen = chances.topk(shape.used, -1)
     if shape.normalized:
         found = found / found.sum(-1, keepdim=True)
-    out = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
-    for expert in chosen.unique().tolist():
-        if y.shape[0] == 1:
-            out += _expert(y, weights, expert, shape, matmul) * found[chosen == expert]
-            continue
-        token, place = torch.where(chosen == expert)
-        out.index_add_(0, token, _expert(y[token], weights, expert, shape, matmul) * found[token, place, None])
-    if shape.shared:
+    wanted, fetch, common = chosen.unique().tolist(), weights.get("fetch"), None
+    handed = wanted if fetch is None else fetch(wanted, chosen)
+    if shape.shared:        # while the first of them are on their way
         share = torch.sigmoid(functional.linear(y.float(), weights["shared_gate"]))
-        out += share * feed_forward(y, weights, shape, matmul, shape.shared, "down_shared")
-    return out
+        common = share * feed_forward(y, weights, shape, matmul, shape.shared, "down_shared")
+    out = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
+    if y.shape[0] == 1:
+        parts = {expert: _expert(y, weights, expert, shape, matmul) * found[chosen == expert] for expert in handed}
+        for expert in wanted:       # summed in one order, whichever came first
+            out += parts[expert]
+    else:
+        for expert in handed:
+            token, place = torch.where(chosen == expert)
+            out.index_add_(0, token, _expert(y[token], weights, expert, shape, matmul) * found[token, place, None])
+    return out if common is None else out.add_(common)
 
 
 def _expert(y: torch.Tensor, weights: dict, expert: int, shape: LayerShape, matmul: Matmul) -> torch.Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import LabError
+from .gradients import without_gradients
 from .masks import Mask, asked_mask
 from .packed_layers import Handed, Latent
 
@@ -31,15 +32,19 @@ def attend(module: nn.Module, query: torch.Tensor, key, value, attention_mask=No
                        "DynamicCache")
     mask = _bool(attention_mask, who) if isinstance(attention_mask, torch.Tensor) else attention_mask
     layer = key.layer
-    with torch.no_grad():
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        back = None
-        if isinstance(layer.cache, Latent):
-            query, back = _into_latent(module, query)
-        found = layer.attend(query, mask, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
-        if back is not None:
-            found = torch.einsum("bhnr,hvr->bhnv", found, back.float())
+    found = _attended(module, query, layer, mask, scaling, softcap or 0.0, s_aux)
     return found.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+@without_gradients
+def _attended(module: nn.Module, query: torch.Tensor, layer, mask, scaling: float | None, softcap: float,
+              sinks: torch.Tensor | None) -> torch.Tensor:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    back = None
+    if isinstance(layer.cache, Latent):
+        query, back = _into_latent(module, query)
+    found = layer.attend(query, mask, scale=scale, softcap=softcap, sinks=sinks)
+    return found if back is None else torch.einsum("bhnr,hvr->bhnv", found, back.float())
 
 
 def _bool(mask: torch.Tensor, who: str) -> torch.Tensor:

@@ -64,7 +64,13 @@ class Packer:
         return self.done[names]
 
     def embedding(self, shape: tuple[int, int], tied: bool) -> Packed:
-        """Looked up only, it gains nothing by what "fast" holds; tied to the output it is multiplied by as well."""
+        """Looked up only, it gains nothing by what "fast" holds; tied to the output it is multiplied by as well. Where a source
+        says that it `stays`, its rows are looked up where they are, and only they come to the device."""
+        if getattr(self.tensors.source, "stays", False):
+            blocks, type, _ = self.tensors.blocks("token_embd.weight", shape)
+            found = pack(blocks, type, strategy="compact", dtype=self.dtype, name="token_embd.weight", mapped=True)
+            found.kernels[0].device = torch.empty(0, device=self.device).device
+            return found
         alone = "compact" if self.strategy == "fast" and not tied else None
         return self.packed(("token_embd.weight",), (shape,), alone, leave=False)
 

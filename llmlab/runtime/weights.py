@@ -4,6 +4,7 @@ Matrices that are multiplied by the same input are fused where that is quicker a
 after those of the other, packed once. Their bytes are then a copy, so "compact", which holds the file's own pages, fuses none.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,19 @@ class Weights:
         for value in (value for part in (*self.layers, self.head) for value in part.values()):
             values += value if isinstance(value, tuple) else [value]
         return list({id(value): value for value in values if isinstance(value, Packed)}.values())
+
+    def handed(self, head: bool = True) -> Iterable[dict]:
+        """The layers, one after another: each is there until the next is asked for. Here all of them always are; where layers
+        come and go, `head` says whether `last` is asked for after them."""
+        return self.layers
+
+    def each(self) -> tuple[dict, ...]:
+        """What `handed` hands out, all of it at once: what is where, but whatever numbers are there just now."""
+        return self.layers
+
+    def last(self) -> dict:
+        """The head, asked for after the layers; there until layers are asked for again."""
+        return self.head
 
     @property
     def bytes(self) -> int:

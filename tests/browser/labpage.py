@@ -151,6 +151,13 @@ class Notebook:
     def run_all(self) -> None:
         self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
 
+    def all_run(self, seconds: float) -> None:
+        """Run all cells, in a window of the notebook alone, and wait until each has run."""
+        self.run_all()
+        self.alone()
+        self.page.wait_for_function("""() => window.jupyterapp.shell.currentWidget.content.widgets
+            .filter(cell => cell.model.type === 'code').every(cell => cell.model.executionCount)""", timeout=1000 * seconds)
+
     def run(self, code: str) -> None:
         """Run code in the notebook's kernel, as a cell would, and wait for it."""
         self.page.evaluate("""async code => {
@@ -222,6 +229,11 @@ class Notebook:
             .filter(s => s.getClientRects().length)
             .findIndex(s => s.querySelector('label').textContent === words)""", description)
 
+    def handle(self, where: str, label: str):
+        """The handle of the slider with this label."""
+        named = self.page.locator(f"label:text-is('{label}')")
+        return self.page.locator(f"{where} .widget-slider", has=named).locator("[role=slider]")
+
     def contrast(self, where: str) -> list[list]:
         """[text, contrast] of every text in an element."""
         return self.page.evaluate(_CONTRAST, where)
@@ -229,6 +241,21 @@ class Notebook:
     def overflow(self, where: str) -> list[str]:
         """What sticks out of an element, and texts of its chart on top of each other. A wide table scrolls."""
         return self.page.evaluate(_OVERFLOW, where)
+
+    def readable(self, where: str, picture: Path, texts: int) -> None:
+        """In both themes: more than so many texts, each with contrast enough, nothing that sticks out, and a chart as wide as
+        its panel. A picture of each is kept, "<picture>-dark.png"."""
+        panel = self.page.locator(where).first
+        for theme in THEMES:
+            self.theme(theme)
+            self.page.wait_for_timeout(600)       # the charts follow their new width in the next frames
+            panel.screenshot(path=picture.with_name(f"{picture.name}-{theme.split()[1].lower()}.png"))
+            seen = self.contrast(where)
+            assert len(seen) > texts and [pair for pair in seen if pair[1] < READABLE] == [], theme
+            assert self.overflow(where) == []
+            chart, whole = (self.page.locator(f"{where}{part}").first.bounding_box() for part in (" .main-svg", ""))
+            assert chart["width"] > 0.97 * whole["width"]
+        self.theme(THEMES[0])
 
     def latencies(self, presses: int, control=None, keys=("ArrowRight", "ArrowLeft"), where=".llmlab-fit") -> list[float]:
         """Milliseconds from a key on a control (none: the context slider) until the chart is drawn anew, in the page's own

@@ -19,10 +19,7 @@ START = {"model": "llama-3.1-8b", "context": 32768, "k": "f16", "v": "f16", "rec
 def book(lab, browser):
     """The notebook, open, all of it run; what the console said is checked at the end."""
     notebook = labpage.Notebook(browser, lab, "04_attention_and_kv_cache.ipynb", 1400, 2600).open()
-    notebook.run_all()
-    notebook.alone()
-    notebook.page.wait_for_function("""() => window.jupyterapp.shell.currentWidget.content.widgets
-        .filter(cell => cell.model.type === 'code').every(cell => cell.model.executionCount)""", timeout=300_000)
+    notebook.all_run(300)
     yield notebook
     notebook.page.close()
     assert notebook.errors == []
@@ -49,12 +46,6 @@ def shown(book, **settings) -> None:
     book.page.locator(f"{PANEL} [role=status]").first.get_by_text(state.answer.partition(": exact")[0]).wait_for(timeout=15_000)
 
 
-def slider(book, label: str):
-    """The handle of the slider with this label."""
-    named = book.page.locator(f"label:text-is('{label}')")
-    return book.page.locator(f"{PANEL} .widget-slider", has=named).locator("[role=slider]")
-
-
 def test_every_cell_runs(book):
     cells = book.cells()
     assert len(cells) >= 14 and [cell for cell in cells if not cell["count"] or cell["errors"]] == []
@@ -62,7 +53,7 @@ def test_every_cell_runs(book):
 
 def test_the_panel_is_driven_by_keyboard(book):
     page, panel, cells = book.page, book.page.locator(PANEL), len(book.cells())
-    slider(book, "context").focus()
+    book.handle(PANEL, "context").focus()
     page.keyboard.press("ArrowRight")
     shown(book, context=49152)
     page.keyboard.press("ArrowLeft")
@@ -94,7 +85,7 @@ def test_errors_are_said_and_code_moves_the_panel(book):
 
 
 def test_a_reloaded_page_shows_the_present(book):
-    slider(book, "context").focus()
+    book.handle(PANEL, "context").focus()
     book.page.keyboard.press("ArrowRight")
     shown(book, context=49152)
     book.save()
@@ -102,7 +93,7 @@ def test_a_reloaded_page_shows_the_present(book):
     book.show("CacheExplorer(model")
     book.page.locator(PANEL).first.wait_for(timeout=15_000)
     shown(book, context=49152)
-    slider(book, "context").focus()
+    book.handle(PANEL, "context").focus()
     book.page.keyboard.press("ArrowRight")    # and it is still live
     shown(book, context=65536)
 
@@ -152,22 +143,13 @@ def test_it_can_be_read_in_both_themes(book, shots, width):
     panel.get_by_role("button", name="▸ quality").click()
     book.run("panel.state.update(kv=('q8_0', 'q5_0'))")
     shown(book, k="q8_0", v="q5_0")
-    for theme in labpage.THEMES:
-        book.theme(theme)
-        book.page.wait_for_timeout(400)       # the charts follow their new width in the next frames
-        panel.screenshot(path=shots / f"cache-{width}-{theme.split()[1].lower()}.png")
-        seen = book.contrast(PANEL)
-        assert len(seen) > 60 and [pair for pair in seen if pair[1] < labpage.READABLE] == [], theme
-        assert book.overflow(PANEL) == []
-        chart, whole = (book.page.locator(f"{PANEL}{part}").first.bounding_box() for part in (" .main-svg", ""))
-        assert chart["width"] > 0.97 * whole["width"]
-    book.theme(labpage.THEMES[0])
+    book.readable(PANEL, shots / f"cache-{width}", 60)
     book.page.set_viewport_size({"width": 1400, "height": 2600})
 
 
 def test_the_slider_redraws_the_charts_at_once(book):
     """Prints what it took."""
-    times = book.latencies(20, slider(book, "context"), where=PANEL)
+    times = book.latencies(20, book.handle(PANEL, "context"), where=PANEL)
     print(f"\ncontext to redrawn chart, median {statistics.median(times):.0f} ms of {len(times)}, "
           f"{json.dumps([round(t) for t in times])}")
     assert len(times) == 20

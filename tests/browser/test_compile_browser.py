@@ -11,10 +11,7 @@ PANEL = ".llmlab-compile"
 def book(lab, browser):
     """The notebook, open, all of it run; what the console said is checked at the end."""
     notebook = labpage.Notebook(browser, lab, "06_compile.ipynb").open()
-    notebook.run_all()
-    notebook.alone()
-    notebook.page.wait_for_function("""() => window.jupyterapp.shell.currentWidget.content.widgets
-        .filter(cell => cell.model.type === 'code').every(cell => cell.model.executionCount)""", timeout=180_000)
+    notebook.all_run(180)
     notebook.show("CompileExplorer(context")
     notebook.page.locator(f"{PANEL} .js-plotly-plot .main-svg .xtick text").first.wait_for(timeout=30_000)
     yield notebook
@@ -67,14 +64,4 @@ def test_the_charts_show_what_was_measured(book):
 @pytest.mark.parametrize("size", [(1400, 1000), (1000, 800)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_it_can_be_read_in_both_themes(book, shots, size):
     book.page.set_viewport_size({"width": size[0], "height": size[1]})
-    panel = book.page.locator(PANEL)
-    for theme in labpage.THEMES:
-        book.theme(theme)
-        book.page.wait_for_timeout(400)       # the charts follow their new width in the next frames
-        panel.first.screenshot(path=shots / f"compile-{size[0]}-{theme.split()[1].lower()}.png")
-        seen = book.contrast(PANEL)
-        assert len(seen) > 30 and [pair for pair in seen if pair[1] < labpage.READABLE] == [], theme
-        assert book.overflow(PANEL) == []
-        chart, whole = (book.page.locator(f"{PANEL}{part}").first.bounding_box() for part in (" .main-svg", ""))
-        assert chart["width"] > 0.97 * whole["width"]
-    book.theme(labpage.THEMES[0])
+    book.readable(PANEL, shots / f"compile-{size[0]}", 30)

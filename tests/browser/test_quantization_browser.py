@@ -18,10 +18,7 @@ START = {"tensor": "blk.0.attn_q.weight", "row": 0, "block": 0, "bits": 4, "bloc
 def book(lab, browser):
     """The notebook, open, all of it run; what the console said is checked at the end."""
     notebook = labpage.Notebook(browser, lab, "02_quantization.ipynb").open()
-    notebook.run_all()
-    notebook.alone()
-    notebook.page.wait_for_function("""() => window.jupyterapp.shell.currentWidget.content.widgets
-        .filter(cell => cell.model.type === 'code').every(cell => cell.model.executionCount)""", timeout=180_000)
+    notebook.all_run(180)
     yield notebook
     notebook.page.close()
     assert notebook.errors == []
@@ -49,12 +46,6 @@ def shown(book, **settings) -> None:
     said.get_by_text(f"Rounded to {state.toy.name} ").wait_for(timeout=15_000)
 
 
-def slider(book, label: str):
-    """The handle of the slider with this label."""
-    named = book.page.locator(f"label:text-is('{label}')")
-    return book.page.locator(f"{PANEL} .widget-slider", has=named).locator("[role=slider]")
-
-
 def test_every_cell_runs(book):
     cells = book.cells()
     assert len(cells) >= 15 and [cell for cell in cells if not cell["count"] or cell["errors"]] == []
@@ -62,17 +53,17 @@ def test_every_cell_runs(book):
 
 def test_the_panel_is_driven_by_keyboard(book):
     page, panel, cells = book.page, book.page.locator(PANEL), len(book.cells())
-    slider(book, "bits").focus()
+    book.handle(PANEL, "bits").focus()
     for bits, key in ((5, "ArrowRight"), (4, "ArrowLeft"), (3, "ArrowLeft")):
         page.keyboard.press(key)
         shown(book, bits=bits)
-    slider(book, "block size").focus()
+    book.handle(PANEL, "block size").focus()
     page.keyboard.press("ArrowRight")
     shown(book, bits=3, block_size=64)
     panel.get_by_label("a minimum").focus()
     page.keyboard.press("Space")
     shown(book, bits=3, block_size=64, minimum=True)
-    slider(book, "block").focus()
+    book.handle(PANEL, "block").focus()
     page.keyboard.press("ArrowRight")
     shown(book, bits=3, block_size=64, minimum=True, block=1)
     tensor = panel.get_by_label("tensor", exact=True)
@@ -106,7 +97,7 @@ def test_the_block_is_taken_apart(book):
 
 
 def test_a_reloaded_page_shows_the_present(book):
-    slider(book, "bits").focus()
+    book.handle(PANEL, "bits").focus()
     book.page.keyboard.press("ArrowRight")
     shown(book, bits=5)
     book.save()
@@ -114,7 +105,7 @@ def test_a_reloaded_page_shows_the_present(book):
     book.show("QuantizationExplorer(tensor")
     book.page.locator(PANEL).first.wait_for(timeout=15_000)
     shown(book, bits=5)
-    slider(book, "bits").focus()
+    book.handle(PANEL, "bits").focus()
     book.page.keyboard.press("ArrowRight")    # and it is still live
     shown(book, bits=6)
 
@@ -150,21 +141,12 @@ def test_it_can_be_read_in_both_themes(book, shots, size):
     panel.locator(".js-plotly-plot").nth(2).locator(".main-svg text").first.wait_for(timeout=15_000)
     panel.get_by_label("up", exact=True).select_option("mean KL divergence, nats")
     panel.locator(".js-plotly-plot").nth(2).get_by_text("mean KL divergence, nats").wait_for()
-    for theme in labpage.THEMES:
-        book.theme(theme)
-        book.page.wait_for_timeout(400)       # the charts follow their new width in the next frames
-        panel.screenshot(path=shots / f"quantization-{size[0]}-{theme.split()[1].lower()}.png")
-        seen = book.contrast(PANEL)
-        assert len(seen) > 40 and [pair for pair in seen if pair[1] < labpage.READABLE] == [], theme
-        assert book.overflow(PANEL) == []
-        chart, whole = (book.page.locator(f"{PANEL}{part}").first.bounding_box() for part in (" .main-svg", ""))
-        assert chart["width"] > 0.97 * whole["width"]
-    book.theme(labpage.THEMES[0])
+    book.readable(PANEL, shots / f"quantization-{size[0]}", 40)
 
 
 def test_a_slider_redraws_the_charts_at_once(book):
     """Prints what it took."""
-    times = book.latencies(20, slider(book, "bits"), where=PANEL)
+    times = book.latencies(20, book.handle(PANEL, "bits"), where=PANEL)
     print(f"\nbits to redrawn chart, median {statistics.median(times):.0f} ms of {len(times)}, "
           f"{json.dumps([round(t) for t in times])}")
     assert len(times) == 20

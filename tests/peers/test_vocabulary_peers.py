@@ -85,7 +85,7 @@ def compare(path, count: int, seed: int, strip: bool = False) -> None:
 def sources(tmp_path_factory):
     """models/ of llama.cpp, out of llama-cpp-python's source distribution, which pip has built from and keeps in its cache."""
     folder = tmp_path_factory.mktemp("sources")
-    done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
+    done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python",
                            "--dest", str(folder), f"llama-cpp-python=={llama_cpp.__version__}"], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"pip could not download llama-cpp-python's source distribution: {done.stderr[-300:]}")
