@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -186,9 +187,12 @@ def test_fifty_faults_in_the_middle_of_a_pass(files, right, monkeypatch, name):
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that interrupt")
 @pytest.mark.parametrize("name", ["mixed", "experts"])
-def test_fifty_interrupts_at_any_moment(files, right, name):
+def test_fifty_interrupts_at_any_moment(files, right, name, monkeypatch):
     """By a timer, wherever Python is just then: once, or as somebody does who presses the keys again and again."""
-    chosen, place, left = random.Random(name), PLACES[name], 0
+    chosen, place, left, ignored = random.Random(name), PLACES[name], 0, []
+    # One that comes while Python deletes an object is said and ignored, whoever wrote the code; pytest takes the next one, which
+    # finds its hook at work, for a failure.
+    monkeypatch.setattr(sys, "unraisablehook", lambda said: ignored.append(said.exc_type))
 
     def press(_, frame):
         nonlocal left
@@ -215,7 +219,7 @@ def test_fifty_interrupts_at_any_moment(files, right, name):
                     interrupted += 1
                 left = 0
                 assert torch.equal(says(model), expected), turn
-            assert interrupted >= 10 and no_more(before)
+            assert interrupted >= 10 and no_more(before) and set(ignored) <= {KeyboardInterrupt}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, plain)
