@@ -49,6 +49,14 @@ CACHE = (0.45, 0.65, 0.90)            # share of peak bandwidth at which flash a
 CACHE_PLAIN = (0.26, 0.37, 0.52)
 ATTEND = (0.40, 0.55, 0.80)           # operations of attention over a prompt, over the single-precision rate; and without
 ATTEND_PLAIN = (0.22, 0.31, 0.44)
+# Shares of a card's dense half-precision rate that plain half matrices of many rows reach under vLLM, and the attention of a
+# prompt. From the rows of data/measured_serving.csv marked "fit": a card whose arithmetic is far ahead of its memory reaches
+# less of it.
+HALF = (0.46, 0.62, 0.84)
+HALF_HOPPER = (0.27, 0.37, 0.50)
+HALF_ATTEND = (0.13, 0.18, 0.25)
+EIGHT_BITS = 1.5                      # times that with fp8 weights and activations, on cards that have fp8
+FOUR_BITS = 0.92                      # and with 4-bit weights, which are unpacked to half precision
 SPILL = (2.5e9, 3.6e9, 5.0e9)         # bytes per second from Windows' shared memory: less than pageable PCIe (6 in links.csv)
 CROSS = (60e-6, 45e-6, 30e-6)         # seconds to hand one token's activations from card to host or back
 USUAL_LINK = 12e9                     # bytes per second where a card's link is not in the catalogue (PCIe 3.0 x16)
@@ -76,6 +84,25 @@ def arithmetic(card: Gpu) -> float | None:
         return card.fp16_flops
     beside = card.vendor == "NVIDIA" and (card.memory_type.startswith("HBM") or (card.capability or "").startswith("7."))
     return card.fp32_flops * (2 if beside else 1)
+
+
+def halves(card: Gpu, quant: str) -> Band | None:
+    """Operations per second of many rows times half-precision, fp8 or 4-bit weights, as vLLM reaches them; None where the
+    card's rates are not known."""
+    if not (plain := _half(card)):
+        return None
+    faster = EIGHT_BITS if quant == "FP8" and card.fp8 else FOUR_BITS if quant.endswith("INT4") else 1.0
+    return banded(plain * faster, HALF_HOPPER if card.generation == "Hopper" else HALF)
+
+
+def half_attention(card: Gpu) -> Band | None:
+    """The same of attention over a prompt."""
+    return banded(plain, HALF_ATTEND) if (plain := _half(card)) else None
+
+
+def _half(card: Gpu) -> float:
+    """Cards without tensor cores may be quicker in single precision, and are then used so."""
+    return max(card.fp16_flops or 0.0, card.fp32_flops or 0.0)
 
 
 # ---- hosts ----------------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ from .rates import (
     arithmetic,
     banded,
     beside,
+    half_attention,
+    halves,
     kind_of,
 )
 from .settings import Settings
@@ -51,7 +53,6 @@ PYTHON = (0.80e-3, 0.58e-3, 0.42e-3)      # seconds a block of transformers' mod
 PYTHON_TIMES = {"NF4": 2.2, "NF4_DQ": 2.4, "FP4": 2.2, "INT8": 4.0}     # more and smaller kernels a matrix (bitsandbytes)
 WHOLE = (0.70, 0.86, 0.98)                # share of bandwidth at which vLLM's and torch's kernels read weights
 CAPTURED = (2.4e-6, 1.8e-6, 1.2e-6)       # seconds a kernel in vLLM's CUDA graphs
-WHOLE_PREFILL = (0.9, 1.3, 1.8)           # operations on a prompt, over the single-precision rate: plain half matrices
 
 
 # ---- what one token reads -------------------------------------------------------------------------------------------
@@ -485,11 +486,13 @@ def _card_prompt(card: Gpu, i: int, place: _Place, s: Settings, rates: Rates, co
         return None
     device, kind, tokens = f"gpu{i}", kind_of(card), min(s.micro, context)
     faster = PLAIN if s.quant in ("F16", "BF16", "F32") else 1.0
-    multiply = banded(plain * faster, kind.prefill) if s.engine == "llama.cpp" else banded(plain, WHOLE_PREFILL)
+    whole = s.engine != "llama.cpp"            # plain half matrices, on tensor cores where there are any
+    multiply = halves(card, s.quant) if whole else banded(plain * faster, kind.prefill)
     work = 2 * (place.dense.weights + place.experts.weights / EXPERT_PREFILL)
     parts = [Part(device, "multiplying", 2 * (place.dense.weights + place.experts.weights), _over(work, multiply))]
     if place.attention:
-        attend = banded(plain, ATTEND if s.flash_attention else ATTEND_PLAIN)
+        attend = (half_attention(card) if whole and s.flash_attention
+                  else banded(plain, ATTEND if s.flash_attention else ATTEND_PLAIN))
         parts.append(Part(device, "attention", place.attention, _over(place.attention, attend)))
     read = place.dense.bytes + place.held
     parts.append(Part(device, "weights", read / tokens, _over(read / tokens, _stream(card, i, s, rates))))

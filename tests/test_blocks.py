@@ -72,7 +72,7 @@ def test_what_was_written_twice_is_known_once():
 def test_without_sharing_nothing_is_known():
     blocks = Blocks(4, size=4, share=False)
     table = filled(blocks, [1] * 9)
-    assert blocks.begin([1] * 9).length == 0 and blocks.key([], [1] * 9, 0) is None
+    assert blocks.begin([1] * 9).length == 0 and blocks.key(Table(), [1] * 9, 0) is None
     blocks.release(table)
     assert blocks.usage().free == 4
 
@@ -184,6 +184,20 @@ def test_released_twice_is_released_once():
     blocks.release(one)
     blocks.release(one)
     check_blocks(blocks, [])
+
+
+def test_what_was_written_is_found_by_the_same_text_alone_where_it_is_to_be():
+    """Its numbers were computed token by token, and a prompt's together: in their last bits they differ."""
+    blocks, text = Blocks(20, size=4), list(range(20))
+    for read in (6, 8):
+        table = blocks.begin(text, read=read)
+        blocks.extend(table, 20 - table.length)
+        blocks.filled(table, text)
+        blocks.release(table)
+        assert blocks.begin(text, read=read).length == 16                   # the text again, as after a preemption
+        assert blocks.begin(text, read=7).length == 4                       # whose prompt was another
+        assert blocks.begin([*text, 1], read=21).length == read // 4 * 4     # a prompt that goes on from there
+    assert blocks.begin([*text, 1]).length == 8
 
 
 def test_forgotten_blocks_are_free():

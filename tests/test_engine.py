@@ -151,6 +151,24 @@ def test_what_was_read_before_is_not_read_again(made, engine):
         assert [other.submit(prompt, GREEDY).result(60).reused_tokens for _ in range(2)] == [0, 0]
 
 
+def test_an_answer_that_is_not_shared_leaves_no_trace(made):
+    """What goes on from an answer shares it, or has the numbers of an engine that never wrote it."""
+    def goes_on(answers: bool) -> tuple[int, tuple]:
+        with Engine(made[0], made[1], memory="2 MiB", answers=answers) as engine:
+            on_and_on = Chooser(Options(temperature=0.9, top_k=0, seed=5), bias=dict.fromkeys(made[1].stop_ids, -1e9))
+            first = engine.submit(prompt, Options(max_tokens=40), chooser=on_and_on).result(60)
+            assert len(first.tokens) == 40
+            found = engine.submit([*prompt, *first.tokens], GREEDY, logprobs=2).result(60)
+        with Engine(made[0], made[1], memory="2 MiB", answers=answers) as engine:
+            anew = engine.submit([*prompt, *first.tokens], GREEDY, logprobs=2).result(60)
+        assert found.tokens == anew.tokens and anew.reused_tokens == 0
+        return found.reused_tokens, found.logprobs == anew.logprobs
+
+    prompt = tokens(made, PROMPTS[3])[:50]
+    assert goes_on(answers=True)[0] == (50 + 39) // 16 * 16
+    assert goes_on(answers=False) == (50 // 16 * 16, True)
+
+
 def test_the_real_model_says_the_same_in_any_company():
     """SmolLM2: the same tokens and logits to the bit alone, among others, and with prompts cut into pieces; and the text that
     the lean decoder streams."""

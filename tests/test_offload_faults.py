@@ -190,8 +190,8 @@ def test_fifty_faults_in_the_middle_of_a_pass(files, right, monkeypatch, name):
 def test_fifty_interrupts_at_any_moment(files, right, name, monkeypatch):
     """By a timer, wherever Python is just then: once, or as somebody does who presses the keys again and again."""
     chosen, place, left, ignored = random.Random(name), PLACES[name], 0, []
-    # One that comes while Python deletes an object is said and ignored, whoever wrote the code; pytest takes the next one, which
-    # finds its hook at work, for a failure.
+    # One that comes while Python deletes an object is said and ignored, whoever wrote the code; pytest takes the next one,
+    # which finds its hook at work, for a failure.
     monkeypatch.setattr(sys, "unraisablehook", lambda said: ignored.append(said.exc_type))
 
     def press(_, frame):

@@ -23,13 +23,21 @@ RING = 2                        # parts of pinned memory that files are read int
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that any arrangement needs beside weights: on the device always, and the cache, wherever it is."""
+    """Bytes that any arrangement needs beside weights: on the device always, and the cache, wherever it is. turns: on the
+    device where the cache is in RAM, the rooms that its layers take turns in. aside: in RAM, workspace of what is computed
+    there."""
 
     small: int
     workspace: tuple[int, int, int]
     overhead: tuple[int, int, int]
     cache: int
     state: int
+    turns: int = 0
+    aside: int = 0
+
+    def on_device(self, kv: str | None) -> int:
+        """What a cache that lies there takes of the device."""
+        return self.turns if kv == "ram" else self.cache
 
     @property
     def fixed(self) -> int:
@@ -76,7 +84,7 @@ def arrangements(shape: Shape, needs: Needs, site: Site, slots: int | None = Non
     room = site.device - needs.fixed
     places = (kv,) if kv else ("device", "ram") if needs.cache and not site.shared else ("device",)
     for place in places:
-        device, ram = room - needs.cache * (place == "device"), site.ram - needs.cache * (place == "ram")
+        device, ram = room - needs.on_device(place), site.ram - needs.aside - needs.cache * (place == "ram")
         if device < 0 or ram < 0:
             continue
         if shape.bytes <= device:
@@ -146,24 +154,29 @@ def least_expert_slots(shape: Shape) -> int:
 def least(shape: Shape, needs: Needs, kv: str | None = None, slots: int = 1) -> int:
     """Bytes of the device that any arrangement takes at least."""
     streamed = [layer for layer in shape.layers if layer.bytes]
-    cache = 0 if kv == "ram" else needs.cache
-    return needs.fixed + cache + slot_bytes(streamed, slots or 1) + least_expert_slots(shape) * shape.largest_expert
+    experts = least_expert_slots(shape) * shape.largest_expert
+    return needs.fixed + needs.on_device(kv) + slot_bytes(streamed, slots or 1) + experts
 
 
 def too_little(shape: Shape, needs: Needs, site: Site, kv: str | None, slots: int | None) -> LabError:
     """What to say when nothing fits: how much is the least, and what would change it."""
     ring = 0 if site.shared else RING * shape.largest
-    if site.ram < ring + needs.cache * (kv == "ram") and site.device >= least(shape, needs, kv or "ram"):
-        return LabError(f"{format_bytes(site.ram)} of RAM are too little for what reads pass through on their way to the card ("
-                        f"{RING} times the largest piece, {format_bytes(shape.largest)})" + (
-                            f" and the KV cache ({format_bytes(needs.cache)})" if kv == "ram" else "") +
-                        f": give at least {-(-(ring + needs.cache * (kv == 'ram')) // MIB)} MiB of RAM")
-    need = least(shape, needs, "ram" if kv is None and not site.shared and needs.cache <= site.ram else kv, slots or 1)
+    ram = ring + needs.aside + needs.cache * (kv == "ram")
+    if site.ram < ram and site.device >= least(shape, needs, kv or "ram"):
+        return LabError(f"{format_bytes(site.ram)} of RAM are too little for what reads pass through on their way to the card "
+                        f"({RING} times the largest piece, {format_bytes(shape.largest)})" + (
+                            f", the KV cache ({format_bytes(needs.cache)})" if kv == "ram" else "") + (
+                            f", workspace ({format_bytes(needs.aside)})" if needs.aside else "") +
+                        f": give at least {-(-ram // MIB)} MiB of RAM")
+    kv = "ram" if kv is None and not site.shared and needs.turns < needs.cache <= site.ram else kv
+    need = least(shape, needs, kv, slots or 1)
     largest = max(shape.layers, key=lambda layer: layer.bytes)
     parts = [f"a slot for the largest piece ({largest.name}, {format_bytes(largest.bytes)})"]
     if shape.experts:
         parts.append(f"{least_expert_slots(shape)} experts of {format_bytes(shape.largest_expert)}")
-    if needs.cache:
+    if needs.cache and kv == "ram":
+        parts.append(f"the rooms that the KV cache takes turns in ({format_bytes(needs.turns)})")
+    elif needs.cache:
         parts.append(f"the KV cache ({format_bytes(needs.cache)})")
     parts.append(f"workspace ({format_bytes(needs.workspace[2])})")
     if needs.overhead[2]:

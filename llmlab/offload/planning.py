@@ -19,7 +19,19 @@ from . import planned_words as words
 from .arranging import Arrangement, Needs, Times, arrangements, best, timed, too_little
 from .costs import tokens_a_pass
 from .placement import Placement
-from .shaping import AT_ONCE, Shape, Work, as_measured, cache_needs, decode_work, prefill_work, shape_of, workspace
+from .shaping import (
+    AT_ONCE,
+    Shape,
+    Work,
+    as_measured,
+    cache_needs,
+    cache_turns,
+    decode_work,
+    prefill_work,
+    shape_of,
+    workspace,
+    workspace_in_ram,
+)
 from .ways import Site, site
 
 if TYPE_CHECKING:
@@ -122,8 +134,9 @@ class Plan:
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:
-        """What takes bytes where. On the device: resident weights, slots, the cache of experts, norms and the like, KV cache,
-        workspace, what the card loses; in RAM: weights, pinned ring, KV cache; on the SSD: weights."""
+        """What takes bytes where. On the device: resident weights, slots, the cache of experts, norms and the like, KV cache
+        (or what it takes turns in), workspace, what the card loses; in RAM: weights, pinned ring, KV cache, workspace; on the
+        SSD: weights."""
         a, needs, shape = self.arrangement, self.needs, self.shape
         file = "as they lie in the file, in whole pages" if shape.exact else (
             "laid out as compiled code takes them" if self.layout == "words" else
@@ -148,6 +161,8 @@ class Plan:
                                  f"a cache of {a.expert_slots:,} of {shape.experts:,}"))
         found += [exact("small", "device", needs.small, "norms, biases and routers, as float32"),
                   exact("kv_cache", a.kv, needs.cache, f"{self.context:,} tokens, K {self.kv[0]}, V {self.kv[1]}")]
+        if a.kv == "ram" and needs.turns:
+            found.append(exact("kv_turns", "device", needs.turns, "what layers look at comes here from RAM, in turns"))
         if needs.state:
             found.append(exact("recurrent", "device", needs.state, "state of recurrent layers, float32"))
         low, usual_size, high = needs.workspace
@@ -159,6 +174,9 @@ class Plan:
                               "context, driver, libraries"))
         found += [weights("weights", "ram", of("ram") + beside, f"{a.on('ram')} layers" + (
                       f", {a.ram_experts:,} experts" if a.ram_experts else "") + ", copied for each pass")]
+        if needs.aside and a.on("ram"):
+            found.append(modelled("compute", "ram", needs.aside, needs.aside // 2, needs.aside,
+                                  "while layers are computed there"))
         if a.ring_bytes:
             found.append(weights("staging", "ram", a.ring_bytes, "pinned memory that reads pass through to the card"))
         found.append(weights("weights", "ssd", of("ssd") + rest, f"{a.on('ssd')} layers" + (
@@ -329,7 +347,8 @@ def plan(spec, machine=None, gpu_budget=None, ram_budget=None, context: int = 81
     if layout == "words" and where.card is not None:
         raise LabError("the layout 'words' is for processors; leave it out, or give gpu='none'")
     shape = shape_of(spec, quant, bool(importance), where.lanes if layout == "words" else 0)
-    needs = Needs(shape.small, workspace(spec, context, where.card is not None), where.overhead, cache, state)
+    needs = Needs(shape.small, workspace(spec, context, where.card is not None), where.overhead, cache, state,
+                  cache_turns(spec, context, kv), workspace_in_ram(spec) if mode == "fast" and where.card is not None else 0)
     way, tokens = "tuned" if kernels == "tuned" else layout, min(AT_ONCE, context)
     work = decode_work(spec, quant, bool(importance), where.card, where.rates, kv, context, way,
                        not plain and where.card is None)

@@ -23,6 +23,7 @@ from .pieces import _LAYER, _SMALL, HEAD, PAGE, pieces_of
 
 AT_ONCE = 512                   # tokens of a prompt that one pass reads (runtime/decoder.py)
 CHUNK, CARD_CHUNK = 2**20, 2**23        # weights that are unpacked at once (kernels/scratch.py)
+TURNS, FEW = 2, 31              # rooms for each kind of layer (caching.py), rows that fast mode multiplies in RAM (aside.py)
 PACKED = 2**22                  # numbers that attention over packed pages holds
 BENT = ("gemma2", "gpt-oss")    # architectures whose attention holds its scores: they are bent, or have sinks
 
@@ -32,6 +33,7 @@ BENT = ("gemma2", "gpt-oss")    # architectures whose attention holds its scores
 WORDS = {"Q4_0": 0.625, "Q4_1": 0.625, "Q5_0": 0.75, "Q5_1": 0.75, "Q8_0": 1.125, "Q2_K": 0.34375, "Q3_K": 0.453125,
          "Q4_K": 0.59375, "Q5_K": 0.71875, "Q6_K": 0.828125, "IQ4_NL": 0.625, "IQ4_XS": 0.578125, "F32": 4.0}
 LANE = 32                       # weights of one lane of a tile
+PAIRED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")     # whose tiles share words of scales, two and two
 
 
 class Layer(NamedTuple):
@@ -141,7 +143,7 @@ def _as_words(spec: ModelSpec, w: Weights, lanes: int) -> Shape:
         if type not in WORDS or "_exps." in tensor.name:
             what = "experts" if "_exps." in tensor.name else f"{type}, as {tensor.name} is,"
             raise LabError(f"no way is known to lay out {what} for compiled code; use the layout 'gguf', or another quant")
-        cols = align(tensor.shape[0], LANE * lanes)
+        cols = align(tensor.shape[0], LANE * lanes * (2 if type in PAIRED else 1))
         place = HEAD if tensor.name == head else f"blk.{tensor.layer}"
         sizes[place] = sizes.get(place, 0) + align(int(tensor.elements // tensor.shape[0] * cols * WORDS[type]), 64)
     names = [f"blk.{i}" for i, layer in enumerate(spec.layers) if not layer.mtp] + [HEAD]
@@ -358,5 +360,21 @@ def cache_needs(spec: ModelSpec, context: int, kv: tuple[str, str]) -> tuple[int
     return c.kv + 4 * cells + ways * 2 * 4 * context * width, c.recurrent
 
 
-__all__ = ["AT_ONCE", "WAYS", "Layer", "Shape", "Work", "as_measured", "cache_needs", "decode_work", "prefill_work", "shape_of",
-           "workspace"]
+def cache_turns(spec: ModelSpec, context: int, kv: tuple[str, str]) -> int:
+    """Bytes of the rooms on the device that layers of a cache in RAM take turns in, two for each kind of layer; exact where all
+    of a kind are alike."""
+    c = cache_bytes(spec, context, kv)
+    windows = [bool(b.window) for b in spec.layers if b.attends and b.owns_kv and not b.mtp]
+    kinds = ((windows.count(False), c.full, c.cells), (windows.count(True), c.sliding, c.cells_sliding))
+    return sum(min(TURNS, count) * (size // count + 4 * cells) for count, size, cells in kinds if count)
+
+
+def workspace_in_ram(spec: ModelSpec) -> int:
+    """Bytes of RAM while the processor multiplies for a card, modelled: `budget.workspace_in_ram` without a file."""
+    matrices = [t.shape for t in spec.tensors if len(t.shape) > 1]
+    largest, sides = max(a * b for a, b, *_ in matrices), max(a + b for a, b, *_ in matrices)
+    return 16 * min(CHUNK, largest) + 8 * FEW * sides
+
+
+__all__ = ["AT_ONCE", "WAYS", "Layer", "Shape", "Work", "as_measured", "cache_needs", "cache_turns", "decode_work",
+           "prefill_work", "shape_of", "workspace", "workspace_in_ram"]

@@ -38,13 +38,15 @@ class Table:
     """Where one sequence's keys and values lie: token i in cell i % size of blocks[i // size].
 
     length: tokens that are written or will be when the present step ends. chain: hashes of the text's full blocks, as far as
-    they were needed; known: how many of `blocks` are known by their hashes or need not be.
+    they were needed; known: how many of `blocks` are known by their hashes or need not be. read: tokens that are read as a
+    prompt, where those after it, which are written one by one, are to be found by nobody but the same text (None: by all).
     """
 
     blocks: list[int] = field(default_factory=list)
     length: int = 0
     chain: list[bytes] = field(default_factory=list)
     known: int = 0
+    read: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,13 @@ class Blocks:
         """Blocks that can be had: free ones, and cached ones that would be forgotten."""
         return len(self._free) + len(self._cached)
 
-    def begin(self, tokens: list[int], chain: list[bytes] | None = None) -> Table:
+    def begin(self, tokens: list[int], chain: list[bytes] | None = None, read: int | None = None) -> Table:
         """A table that holds every known block `tokens` begin with, but never all of `tokens`: what follows the last is wanted.
 
-        chain: the chain of an earlier table of the same text, which may have grown since; it saves hashing it again.
+        chain: the chain of an earlier table of the same text, which may have grown since; it saves hashing it again. read: as
+        `Table` has it.
         """
-        table = Table(chain=[] if chain is None else chain)
+        table = Table(chain=[] if chain is None else chain, read=read)
         self.reuse(table, tokens)
         return table
 
@@ -122,7 +125,7 @@ class Blocks:
             return 0
         while table.length + size < len(tokens):
             at = len(table.blocks)
-            block = self._known.get(self.key(table.chain, tokens, at))
+            block = self._known.get(self.key(table, tokens, at))
             if block is None or self._text[block] != tokens[at * size:(at + 1) * size]:
                 break
             if not self._holders[block]:
@@ -136,13 +139,15 @@ class Blocks:
         self._tokens += table.length - before
         return table.length - before
 
-    def key(self, chain: list[bytes], tokens: list[int], at: int) -> bytes | None:
+    def key(self, table: Table, tokens: list[int], at: int) -> bytes | None:
         """What the block number `at` of a text is known by; None where the text does not fill it or nothing is shared."""
-        size = self.size
+        size, chain = self.size, table.chain
         if not self.share or (at + 1) * size > len(tokens):
             return None
         for number in range(len(chain), at + 1):
             text = array("q", tokens[number * size:(number + 1) * size]).tobytes()
+            if table.read is not None and number == table.read // size:     # from here on another text, if others go on so
+                text += b"read %d" % table.read
             chain.append(blake2b((chain[-1] if chain else b"") + text, digest_size=_DIGEST).digest())
         return chain[at]
 
@@ -197,7 +202,7 @@ class Blocks:
             return
         size = self.size
         for at in range(table.known, table.length // size):
-            key, block = self.key(table.chain, tokens, at), table.blocks[at]
+            key, block = self.key(table, tokens, at), table.blocks[at]
             if key not in self._known and self._key[block] is None:
                 self._known[key], self._key[block] = block, key
                 self._text[block] = tokens[at * size:(at + 1) * size]
@@ -209,7 +214,7 @@ class Blocks:
         for block in blocks:
             self._holders[block] += 1
         self._tokens += table.length
-        return Table(blocks, table.length, list(table.chain), table.known)
+        return Table(blocks, table.length, list(table.chain), table.known, table.read)
 
     def empty(self, table: Table) -> None:
         """What the table holds is not needed any more, but its blocks, which are its own, stay reserved."""

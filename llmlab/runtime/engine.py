@@ -118,10 +118,12 @@ class Engine:
     """Answers many requests at once from one decoder's weights, with a cache of `memory` for all of their keys and values.
 
     words: the tokenizer. kv: the cache's type, or a pair for keys and values. sequences: texts that run at once, rows: tokens
-    read in a step, at most. share: texts that begin alike share what was read. policy: "paged", or to compare with "static"
-    (padded batches of whole contexts) and "alone". context: most tokens of a text (None: what the decoder and the memory
-    allow). compile: whether texts look at the cache by compiled code (None: where the decoder is compiled); the first time it
-    takes half a minute or more, and `progress` is told.
+    read in a step, at most. share: texts that begin alike share what was read; answers: and what was written, so that a chat
+    goes on from there. An answer is computed token by token and a prompt together, which differs in the last bits (some 1e-6
+    in a logit): without `answers` a text's numbers do not depend on what was asked before, to the bit. policy: "paged", or to
+    compare with "static" (padded batches of whole contexts) and "alone". context: most tokens of a text (None: what the decoder
+    and the memory allow). compile: whether texts look at the cache by compiled code (None: where the decoder is compiled); the
+    first time it takes half a minute or more, and `progress` is told.
 
     It ends with `close`, when nobody has it any more, and at the interpreter's end. Raises LabError where the memory
     does not suffice, saying the least that does.
@@ -129,7 +131,7 @@ class Engine:
 
     def __init__(self, decoder: Decoder, words, *, memory: str | int = "256 MiB", kv: str | tuple[str, str] = "f32",
                  sequences: int = 64, rows: int = 256, share: bool = True, policy: str = "paged", context: int | None = None,
-                 compile: bool | None = None, progress: Callable[[str], None] | None = None):
+                 compile: bool | None = None, progress: Callable[[str], None] | None = None, answers: bool = True):
         check_tokenizer(words)
         self.decoder, self.words = decoder, words
         longest = batching.longest(decoder)
@@ -140,7 +142,7 @@ class Engine:
             raise LabError(f"memory is {format_bytes(given)}, and a block of {SIZE} tokens takes {format_bytes(each)}; give "
                            f"{2 * each:,} bytes at least")
         self.blocks = Blocks(given // each, SIZE, share)
-        self._scheduler = Scheduler(self.blocks, rows, sequences, policy, self.context)
+        self._scheduler = Scheduler(self.blocks, rows, sequences, policy, self.context, answers=answers)
         self.longest = self._scheduler.longest      # tokens of one text, its answer among them
         compile = (decoder.compiled is not None or decoder.fused) if compile is None else compile
         sinks = any("sinks" in layer for layer in decoder.weights.each())

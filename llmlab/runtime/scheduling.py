@@ -107,7 +107,8 @@ class _Plan:
 class Scheduler:
     """Sequences over a pool of blocks. rows: most rows of a step; sequences: most that run at once; context: most tokens of one
     text (None: what the pool holds). ahead: blocks that admission leaves for each text to grow into: with fewer more run at
-    once, with more fewer are preempted.
+    once, with more fewer are preempted. answers: whether a text that begins with another's prompt and answer shares the answer
+    too.
 
     policy: "paged" as this module says. "static", what came before, at the same memory: each sequence reserves `context`
     tokens, as many as fit start together, prompts padded on the left to the longest; one that ended keeps its blocks and its
@@ -116,7 +117,7 @@ class Scheduler:
     """
 
     def __init__(self, blocks: Blocks, rows: int = 256, sequences: int = 64, policy: str = "paged", context: int | None = None,
-                 ahead: int = _AHEAD):
+                 ahead: int = _AHEAD, answers: bool = True):
         if policy not in POLICIES:
             raise LabError(f"policy is {policy!r}; it is one of {', '.join(POLICIES)}")
         if sequences < 1 or rows < sequences:
@@ -124,7 +125,7 @@ class Scheduler:
                            "and both from 1 up")
         if context is not None and context < 2:
             raise LabError(f"a context of {context} tokens has no room for a prompt and an answer; give it from 2 up")
-        self.blocks, self.rows, self.policy, self.ahead = blocks, rows, policy, ahead
+        self.blocks, self.rows, self.policy, self.ahead, self.answers = blocks, rows, policy, ahead, answers
         cells = blocks.count * blocks.size
         self.longest = min(cells, context or cells)         # tokens of one text
         self.sequences = 1 if policy == "alone" else sequences
@@ -269,7 +270,7 @@ class Scheduler:
         promised = sum(self._due(sequence, sequence.table) for sequence in self._running)
         while self._waiting and plan.left and len(self._running) < self.sequences:
             sequence = self._waiting[0]
-            table = blocks.begin(sequence.tokens, sequence.chain)
+            table = blocks.begin(sequence.tokens, sequence.chain, None if self.answers else len(sequence.prompt))
             if self._running and self._due(sequence, table) + promised > blocks.available:
                 blocks.release(table)
                 return
@@ -296,11 +297,11 @@ class Scheduler:
         sequence.reused += found if not sequence.preempted else 0
         at, inside = divmod(table.length, blocks.size)
         sharable = not inside and table.length + blocks.size < len(tokens)
-        if plan.writing and sharable and blocks.key(table.chain, tokens, at) in plan.writing:
+        if plan.writing and sharable and blocks.key(table, tokens, at) in plan.writing:
             return
         stop = self._place(plan, sequence, min(sequence.left, plan.left))
         if blocks.share:
-            keys = (blocks.key(table.chain, tokens, number) for number in range(at, -(-stop // blocks.size)))
+            keys = (blocks.key(table, tokens, number) for number in range(at, -(-stop // blocks.size)))
             plan.writing.update(key for key in keys if key is not None)
 
     def _place(self, plan: _Plan, sequence: Sequence, rows: int) -> int:

@@ -15,22 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..catalog import Gpu
 from ..errors import LabError
 from ..fitting import Report, fit
 from ..memory import PAGE, cache_bytes
-from ..rates import Band, banded
+from ..rates import Band, half_attention, halves
 from ..speed import EXPERT_PREFILL, reading
 from ..units import GIB
 
-# Shares of a card's dense half-precision rate that vLLM reaches on many rows, and in the attention of a prompt. From the rows
-# of data/measured_serving.csv marked "fit": a card whose arithmetic is far ahead of its memory reaches less of it. (`speed`
-# takes vLLM's prompts over the single-precision rate, which is an eighth of what cards with HBM do in half precision.)
-MATMUL = (0.46, 0.62, 0.84)
-MATMUL_HOPPER = (0.27, 0.37, 0.50)
-FLASH = (0.12, 0.18, 0.28)
-EIGHT_BITS = 1.5                       # times that with fp8 weights and activations, on cards that have fp8
-FOUR_BITS = 0.92                       # and with 4-bit weights, which are unpacked to half precision
 HOST = (25e-6, 12e-6, 6e-6)            # seconds a sequence a step: scheduling, sampling and text in vLLM's Python; the first
                                        # one's is hidden behind the kernels. Two rows of gpt-oss with and without asynchronous
                                        # scheduling differ by 6 ms at some 500 sequences (gpustack/gpustack, performance-lab)
@@ -184,10 +175,10 @@ def cost_of(report: Report) -> Cost:
     r = reading(spec, s.quant, s.importance)
     dense, held, head = r.dense[0][-1] / n, r.held[-1] / n, r.output.bytes / n
     byte = _each(parts["weights"])                            # seconds a byte, slow to fast
-    operation = _inverse(arithmetic_rate(weak, s.quant))
+    operation = _inverse(halves(weak, s.quant))
     weight = {"blocks": r.dense[3][-1] / n, "experts": r.experts[3][-1] / n / EXPERT_PREFILL, "head": r.output.weights / n}
     row = {name: _times(2 * count, operation) for name, count in weight.items()}
-    attend = _inverse(banded(weak.fp16_flops, FLASH))
+    attend = _inverse(half_attention(weak))
     c = cache_bytes(spec, s.context, s.kv, engine="vllm", ubatch=s.batch)
     cached = _each(parts["cache"]) if "cache" in parts else NONE
     used = sum(r.experts[0]) and r.experts[0][-1] / r.held[-1]
@@ -203,12 +194,6 @@ def cost_of(report: Report) -> Cost:
         why=f"{spec.title} in {s.quant}: {(dense + held + head) * n / 1e9:.3g} GB of weights, read at "
             f"{1e-9 / byte[1]:,.0f} GB/s and multiplied at {1e-12 / operation[1]:.0f} TFLOP/s"
             + (f" on each of {n} cards" if n > 1 else ""))
-
-
-def arithmetic_rate(card: Gpu, quant: str) -> Band:
-    """Operations per second of many rows times half-precision, fp8 or 4-bit weights, as vLLM reaches them."""
-    faster = EIGHT_BITS if quant == "FP8" and card.fp8 else FOUR_BITS if quant.endswith("INT4") else 1.0
-    return banded(card.fp16_flops * faster, MATMUL_HOPPER if card.generation == "Hopper" else MATMUL)
 
 
 def _each(part) -> Band:
