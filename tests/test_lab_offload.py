@@ -364,6 +364,13 @@ def test_what_a_bench_kept_is_drawn_beside(state, tmp_path):
             run.recall(tmp_path / name)
 
 
+def test_what_llmlab_ships_is_drawn_too(state):
+    run = RunState(state)
+    run.recall()
+    assert len(run.tries) >= 8 and all(one.saved and one.measured > 0 for one in run.tries)
+    assert all(one.predicted[0] <= one.predicted[1] <= one.predicted[2] for one in run.tries) and run.near() == ()
+
+
 def test_a_try_in_words():
     inside, slow, fast = (tried((8, 10, 12), rate) for rate in (9, 7, 13))
     assert [one.verdict for one in (inside, slow, fast)] == ["in the band", "slower than the band", "faster than the band"]

@@ -21,6 +21,7 @@ from ..offload.opening import Offloaded, open_decoder
 from ..offload.planned_words import number, rate
 from ..offload.planning import Plan
 from ..offload.trace import Trace
+from ..places import folder
 from ..rates import Band
 from ..units import format_bytes, format_seconds
 from ..vocabulary import words_of
@@ -151,9 +152,10 @@ class RunState(settable(SETTINGS), Background):
         return (f"Of {len(self.tries)} placement{'s' * (len(self.tries) > 1)} {inside} landed in the band, {close} within "
                 f"{CLOSE:.0%} of its middle: measured against modelled.")
 
-    def recall(self, path: str | os.PathLike) -> None:
-        """Add the placements that tests/bench/bench_offload.py measured and kept at `path`. Raises LabError where it is no such
-        file."""
+    def recall(self, path: str | os.PathLike | None = None) -> None:
+        """Add the placements that tests/bench/bench_offload.py measured and kept at `path`; None: those that llmlab ships, of
+        another computer. Raises LabError where it is no such file."""
+        path = folder("data") / "measured_placements.json" if path is None else path
         shown = show_path(str(path))
         try:
             rows = json.loads(Path(path).read_text(encoding="utf-8"))["placements"]

@@ -1,7 +1,7 @@
 """A model larger than the memory it may use: llmlab's stream beside llama.cpp on the mapped file and accelerate's disk offload.
 
     python tests/bench/bench_offload.py [--only race,disk,ram,placements] [--model 2b] [--quant Q8_0] [--limit 1GiB]
-                                        [--rounds 3] [--new 3] [--threads N] [--folder DIR] [--save] [--json FILE]
+                                        [--rounds 3] [--new 3] [--threads N] [--folder DIR] [--save] [--json FILE] [--shown FILE]
 
 *race*: whole tokens of a written llama (1.9 B weights, `WIDE`), everyone in a process of its own inside a memory group of the
 system (cgroup) of the same size, page cache counted; each round opens everyone anew, nothing of the files in the page cache.
@@ -499,6 +499,15 @@ def target(found: dict) -> Path:
     return Path(__file__).parent / "results" / f"offload-{found['date']}-{name}-{found['cores']}-cores.json"
 
 
+def shown(found: dict) -> str:
+    """What the notebook draws beside its own."""
+    about = {name: found[name] for name in ("date", "processor", "cores", "model")}
+    names = "layout", "budget", "stay", "low", "predicted", "high", "measured", "binds"
+    rows = [{name: round(row[name], 4) if isinstance(row[name], float) else row[name] for name in names}
+            for row in kept(found)["placements"]]
+    return json.dumps(about | {"limit": found["limit"], "placements": rows}, indent=1) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="race,disk,ram,placements")
@@ -511,6 +520,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; room for the file in 16 bits too")
     parser.add_argument("--save", action="store_true", help="keep it in results/")
     parser.add_argument("--json", type=Path, help="keep it there")
+    parser.add_argument("--shown", type=Path, help="keep the placements there, as data/measured_placements.json has them")
     asked = parser.parse_args()
     found = measure(asked.only.split(","), asked.quant, parse_bytes(asked.limit), asked.rounds, asked.new, asked.threads,
                     asked.folder, MODELS[asked.model])
@@ -519,6 +529,8 @@ def main() -> None:
         if place:
             place.write_text(json.dumps(kept(found), indent=1) + "\n")
             print(f"kept in {place}")
+    if asked.shown:
+        asked.shown.write_text(shown(found))
 
 
 if __name__ == "__main__":
