@@ -19,7 +19,7 @@ from llmlab.cli import main
 from llmlab.errors import LabError, UnknownName
 from llmlab.exports import Command
 from llmlab.gguf import read_gguf
-from llmlab.kernels.words import layout
+from llmlab.kernels.words import layout as laid
 from llmlab.memory import size_of
 from llmlab.offload import aside, budget, caching, shaping, words
 from llmlab.offload.arranging import taking_turns
@@ -227,7 +227,7 @@ def test_a_cache_in_ram_and_fast_mode_are_counted_as_a_decoder_takes_them(files,
     tables = budget.table_bytes(like, p.placement)
     for said, taken in ((terms["ram", "kv_cache"], lines["ram", "KV cache"] + tables),
                         (terms["device", "kv_turns"], lines["device", "KV cache's turns"] - tables)):
-        assert said == taken if kv else said >= taken           # plain numbers have as many bits as this processor is quick with
+        assert said == taken if kv else said >= taken       # plain numbers are as wide as this processor likes
     card = plan(path, **ways | {"gpu": "rtx-3060-12gb", "gpu_budget": "2 GiB"}, mode="fast")
     assert card.needs.aside == budget.workspace_in_ram(like, aside.Aside(torch.float32)) and plan(path, **ways).needs.aside == 0
     assert (shaping.TURNS, shaping.FEW) == (caching.ROOMS, aside.FEW)
@@ -241,7 +241,7 @@ def test_what_compiled_code_takes_is_counted_as_it_is_laid_out(tmp_path):
     assert {layer.name: layer.bytes for layer in p.shape.layers} == made
     for type, bytes in shaping.WORDS.items():
         for lanes, cols in ((8, 256), (8, 2816), (16, 1536), (16, 2816)) if type != "F32" else ():
-            known = layout(type, lanes, True)
+            known = laid(type, lanes, True)
             taken = align(cols, shaping.LANE * lanes * (2 if type in shaping.PAIRED else 1)) * bytes
             assert taken == pytest.approx(known.bits_per_weight(cols) * cols / 8), (type, lanes, cols)
     for model, asked in (("qwen3-30b-a3b", {"gpu": "none"}), ("llama-3-8b", {"gpu": "rtx-3060-12gb"}),

@@ -1,7 +1,8 @@
 """A model larger than the memory it may use: llmlab's stream beside llama.cpp on the mapped file and accelerate's disk offload.
 
     python tests/bench/bench_offload.py [--only race,disk,ram,placements] [--model 2b] [--quant Q8_0] [--limit 1GiB]
-                                        [--rounds 3] [--new 3] [--threads N] [--folder DIR] [--save] [--json FILE] [--shown FILE]
+                                        [--rounds 3] [--new 3] [--threads N] [--folder DIR] [--save] [--json FILE]
+                                        [--shown FILE]
 
 *race*: whole tokens of a written llama (1.9 B weights, `WIDE`), everyone in a process of its own inside a memory group of the
 system (cgroup) of the same size, page cache counted; each round opens everyone anew, nothing of the files in the page cache.
