@@ -200,11 +200,13 @@ def test_what_was_written_is_found_by_the_same_text_alone_where_it_is_to_be():
     assert blocks.begin([*text, 1]).length == 8
 
 
-def test_forgotten_blocks_are_free():
+def test_blocks_that_had_to_make_room_are_known_no_more():
     blocks = Blocks(5, size=4)
     held = filled(blocks, [2] * 5)
     blocks.release(filled(blocks, [1] * 9))
-    blocks.forget()
+    other = Table()
+    blocks.reserve(other, 12)               # all there are besides: what nobody holds goes
+    blocks.release(other)
     assert blocks.begin([1] * 9).length == 0 and blocks.usage().free == 3 and blocks.begin([2] * 9).blocks == held.blocks[:1]
 
 
@@ -284,13 +286,11 @@ class Pool(RuleBasedStateMachine):
         self.extend(fork, other[:4])
         return fork
 
-    @rule(table=consumes(tables), forget=st.sampled_from([True, *[False] * 9]))
-    def release(self, table, forget):
+    @rule(table=consumes(tables))
+    def release(self, table):
         self.blocks.release(table)
         assert table.blocks == [] and table.length == 0
         del self.texts[table]
-        if forget:
-            self.blocks.forget()
 
     @invariant()
     def every_cell_is_its_own_text(self):

@@ -9,7 +9,7 @@ from llmlab.kernels.pages import Pages
 from llmlab.memory import CACHE_TYPES, cache_bytes
 from llmlab.runtime import layers, paged
 from llmlab.runtime.layers import LayerShape
-from llmlab.runtime.paged import PagedCache, Part, block_bytes, blocks_for
+from llmlab.runtime.paged import PagedCache, Part, block_bytes
 
 SIZE = 16
 PLAIN = LayerShape(heads=6, kv_heads=2, head_dim=64, turned=64, pairs=False, scale=0.125, dtype=torch.float32)
@@ -190,7 +190,6 @@ def test_bytes_are_exact(kv):
     held = {t.data_ptr(): t.nbytes for pools in cache.layers for pool in pools for t in pool.tensors}
     assert cache.bytes == sum(held.values()) == 7 * cache.block_bytes
     assert cache.block_bytes == block_bytes(shapes, SIZE, kv)
-    assert blocks_for(cache.bytes, shapes, SIZE, kv) == 7 and blocks_for(cache.bytes - 1, shapes, SIZE, kv) == 6
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8_0", "q4_0", "q5_1", "iq4_nl"])

@@ -239,11 +239,6 @@ class Blocks:
         self._tokens -= table.length
         table.blocks, table.length, table.known = [], 0, 0
 
-    def forget(self) -> None:
-        """No cached block is known any more."""
-        while self._cached:
-            self._free.append(self._evict())
-
     def covering(self, table: Table) -> list[int]:
         """The blocks that the table's tokens lie in, a list of its own."""
         return table.blocks[:-(-table.length // self.size)]

@@ -53,11 +53,6 @@ def block_bytes(shapes: Iterable[LayerShape], size: int = 16, kv: str | tuple[st
                for one, dtype in _laid_out(shape, size, cache_types(kv), side, False))
 
 
-def blocks_for(bytes: int, shapes: Iterable[LayerShape], size: int = 16, kv: str | tuple[str, str] = "f32") -> int:
-    """How many whole blocks so many bytes are room for. Raises as `block_bytes`."""
-    return int(bytes) // block_bytes(shapes, size, kv)
-
-
 def _laid_out(shape: LayerShape, size: int, kv: tuple[str, str], side: int,
               narrow: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
     return pools.shapes(cell_type(kv[side]), not side, shape.kv_heads, shape.head_dim, size, narrow)
