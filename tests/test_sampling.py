@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmlab.errors import LabError
 from llmlab.runtime.sampling import Chooser, Options, Stops, choose_each, logprobs
@@ -104,6 +105,38 @@ def test_draws_from_a_large_vocabulary_follow_the_chances(options):
     assert (found - expected).abs().sum() < 1.6 * (2 / 3.1416 * expected * (1 - expected) / draws).sqrt().sum()
 
 
+def test_equal_tokens_are_cut_off_together_and_the_likeliest_stays():
+    """Whatever the share, also where sums are wrong in their last bit."""
+    flat, steep = torch.zeros(1200), torch.arange(1200.0)
+    for top_p in (1e-6, 0.5, 1 - 1e-9, 1 - 1e-16):
+        drawn = chooser(3, **PLAIN | {"top_p": top_p})
+        assert len({drawn(flat, [], []) for _ in range(40)}) > 30
+        assert chooser(3, **PLAIN | {"top_p": min(top_p, 0.5)})(steep, [], []) == 1199
+    assert chooser(3, **PLAIN | {"min_p": 1.0, "top_p": 0.9})(steep, [], []) == 1199
+    ends = torch.full((1200,), -torch.inf)
+    ends[[7, 900]] = 1.0
+    assert {chooser(seed, **PLAIN | {"top_p": 0.9})(ends, [], []) for seed in range(20)} == {7, 900}
+
+
+@pytest.mark.parametrize("options", [PLAIN, PLAIN | {"top_p": 0.9}, PLAIN | {"min_p": 0.01}])
+def test_many_rows_are_no_more_work_shared_among_threads(options):
+    """torch has several threads do whatever goes over 32,768 numbers or more, and on a busy computer waits for each."""
+    class Shared(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if any(isinstance(one, torch.Tensor) and one.numel() >= 32_768 for one in args):
+                counted.append(func)
+            return found
+
+    found = []
+    for rows in (1, 8):
+        counted, asked, scores = [], [chooser(at, **options) for at in range(rows)], logits(rows, 40_000)
+        with Shared():
+            choose_each(asked, scores, [[]] * rows, [[]] * rows)
+        found.append(len(counted))
+    assert found[0] == found[1], counted
+
+
 # ---- what changes the logits -------------------------------------------------------------------------------
 
 
@@ -155,6 +188,22 @@ def test_a_fork_draws_the_same_and_leaves_the_numbers():
     drawn = [ahead(row, [], []) for row in rows]
     assert choose.mask.came == [] and ahead.mask.came == drawn
     assert [choose(row, [], []) for row in rows] == drawn and len({*drawn}) > 1
+
+
+def test_several_share_the_bias_and_draw_by_seeds_of_their_own():
+    rows = logits(6, 50)
+
+    def drawn(one):
+        return [one(row, [], []) for row in rows]
+
+    found = chooser(7, mask=Only(range(50), 50), bias={3: 2.0}, **PLAIN).several(3)
+    assert [one.seed for one in found] == [7, 8, 9] and len({id(one._biases) for one in found}) == 1
+    assert [drawn(one) for one in found] == [drawn(chooser(seed, bias={3: 2.0}, **PLAIN)) for seed in (7, 8, 9)]
+    assert [len(one.mask.came) for one in found] == [6, 6, 6]
+    assert [one.seed for one in chooser(2**63 - 1).several(2)] == [2**63 - 1, 0]
+    free = chooser(None, **PLAIN).several(2)
+    assert free[0].seed != free[1].seed and drawn(free[1]) == drawn(chooser(free[1].seed, **PLAIN))
+    assert {one.seed for one in chooser(temperature=0).several(2)} == {None}
 
 
 # ---- logarithms of chances ---------------------------------------------------------------------------------
