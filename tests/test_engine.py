@@ -250,6 +250,35 @@ def test_cancels_among_several_answers_of_a_prompt(made, engine):
     settled(engine)
 
 
+def test_what_was_reused_is_counted_once_where_the_first_of_several_is_cancelled(made, monkeypatch):
+    """The next one takes its place while the prompt is being read, and with it what was found in the cache."""
+    prompt, begun, go = tokens(made, PROMPTS[3]), threading.Event(), threading.Event()
+    with Engine(made[0], made[1], memory="2 MiB", rows=4, sequences=4) as engine:       # the rest takes several steps
+        engine.submit(prompt, GREEDY).result(60)
+        read = engine.batcher.read
+
+        def waits(*given):
+            begun.set()
+            return go.wait(30) and read(*given)
+
+        monkeypatch.setattr(engine.batcher, "read", waits)
+        jobs = engine.submit_several(prompt, 3, Options(temperature=1.0, seed=1, max_tokens=4))
+        assert begun.wait(30)
+        jobs[0].cancel()
+        go.set()
+        answers = [job.result(60) for job in jobs]
+        found = (len(prompt) - 1) // 16 * 16
+        assert [answer.reused_tokens for answer in answers] == [0, found, len(prompt)] and answers[0].ended == "stopped"
+        settled(engine)
+        assert engine.counters.reused == found + len(prompt)
+
+
+@pytest.mark.parametrize(("count", "choosers"), [(3, [Chooser()] * 2), (1, []), (0, None)])
+def test_several_answers_have_a_chooser_each_or_none(engine, count, choosers):
+    with pytest.raises(LabError, match="a chooser for each"):
+        engine.submit_several([1, 2], count, choosers=choosers)
+
+
 def test_a_cancelled_job_stops_soon(made, engine):
     job = engine.submit(tokens(made, "Once"), Options(temperature=1.5, max_tokens=450, top_k=0))
     next(job)

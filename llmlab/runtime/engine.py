@@ -179,11 +179,13 @@ class Engine:
     def submit_several(self, tokens: list[int], count: int, options: Options | None = None, *,
                        choosers: Many[Chooser] | None = None, logprobs: int | None = None) -> list[Job]:
         """The same prompt, read once, for `count` answers that go on from it, each with a seed of its own: the first with that
-        of the options, the next with the next."""
+        of the options, the next with the next. choosers: one for each answer, instead of those. Raises LabError."""
         options = options or Options()
+        if count < 1 or choosers is not None and len(choosers) != count:
+            given = "" if choosers is None else f" by {len(choosers)} choosers"
+            raise LabError(f"{count} answers{given}; ask for 1 at least, with a chooser for each or none")
         if choosers is None:
-            seeds = [None if options.seed is None else (options.seed + at) % 2**63 for at in range(count)]
-            choosers = [Chooser(replace(options, seed=seed)) for seed in seeds]
+            choosers = Chooser(options).several(count)
         return self._ask(tokens, options, choosers, logprobs)
 
     def _ask(self, tokens, options, choosers, logprobs) -> list[Job]:
@@ -310,8 +312,9 @@ class Engine:
             next(first for first in self._texts.values() if text in first.others).others.remove(text)
         elif text.others:
             other, *rest = text.others
-            other.sequence, other.others = text.sequence, rest
-            self._texts[text.sequence] = other
+            # Exchanged: what was reused and preempted is counted once, of the one that goes on.
+            other.sequence, text.sequence, other.others = text.sequence, other.sequence, rest
+            self._texts[other.sequence] = other
         else:
             del self._texts[text.sequence]
             self._scheduler.cancel(text.sequence)
