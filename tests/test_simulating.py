@@ -281,6 +281,22 @@ def test_the_bearable_rate_is_where_latency_reaches_the_limit():
     assert bearable_rate(on, asked, normalized=1e6) == pytest.approx(10, rel=0.02)
 
 
+def test_no_rate_is_bearable_where_a_request_alone_takes_longer():
+    on, asked = Setup("a toy", constant(0.1), (200, 200, 200), 64, 8, 256, 1.0), even(40, 8, 8)
+    assert bearable_rate(on, asked, normalized=0.099) == 0.0         # a step takes 0.1 s for however few
+    assert 0 < bearable_rate(on, asked, normalized=0.1 + 1e-9) < 0.5        # only where no two meet
+    assert bearable_rate(on, asked, normalized=0.0) == bearable_rate(on, asked, normalized=-1.0) == 0.0
+    assert bearable_rate(on, []) == bearable_rate(on, even(4, 400, 8)) == 0.0       # none there, none that fits
+
+
+def test_what_is_bearable_lies_in_its_band():
+    """Steps that take longer bear less, and where the slow ones bear nothing that is 0, not more than the usual ones."""
+    on, asked = Setup("a toy", constant(0.1), (200, 200, 200), 64, 8, 256, 1.0), even(100, 8, 8)
+    for limit in (0.04, 0.15, 0.3):
+        rates = [bearable_rate(on, asked, normalized=limit, band=band) for band in ("low", "best", "high")]
+        assert rates == sorted(rates) and (rates[0] == 0) == (limit < 0.2) and (rates[1] == 0) == (limit < 0.1), rates
+
+
 def test_a_large_model_is_simulated_step_by_step_in_few_steps():
     """500 requests of a 70B model: what it takes grows with steps times sequences in them, some 170,000 here."""
     run = simulate_setup(setup("llama-3-70b", ["h100-sxm5-80gb"] * 2, "FP8"), sharegpt_like(500))

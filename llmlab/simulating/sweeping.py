@@ -15,6 +15,7 @@ WAYS = ("paged", "reserved", "static", "alone")
 """Ways to serve at the same memory. "reserved": sequences come and go as in "paged", but each reserves the longest context in
 one piece (the paper's "Orca (Max)"); the others as `runtime.scheduling.Scheduler` has them."""
 
+_LEAST = 1e-4            # of the highest rate: requests this far apart do not meet, and a rate below it is none
 _SHOWN = {"requests/s": "{:.3g}".format, "tokens/s": "{:,.0f}".format, "first token s": "{:.3g}".format,
           "first token p99 s": "{:.3g}".format, "s per token": "{:.4f}".format, "latency s": "{:.3g}".format,
           "latency p99 s": "{:.3g}".format, "running": "{:.1f}".format, "wasted": "{:.1%}".format, "rate": "{:.3g}".format,
@@ -86,15 +87,18 @@ def bearable_rate(setup: Setup, arrivals: Many[Arrival], way: str = "paged", *, 
                   band: str = "best") -> float:
     """The highest rate of requests a second at which their mean normalized latency (seconds over tokens of the answer) stays
     below `normalized`, to about 2 %: what the paper on PagedAttention compares systems at. Never above what is served when all
-    are there at once: the queue would grow for ever, whatever a short trace shows of it."""
+    are there at once: the queue would grow for ever, whatever a short trace shows of it. 0.0 where no rate is bearable: a
+    request that is alone takes longer already (or nothing can be served at all). Raises LabError."""
     def bears(rate: float) -> bool:
         return serve(setup, timed(arrivals, rate, seed), way, band=band).mean("normalized") <= normalized
 
     most = serve(setup, [replace(a, at=0.0) for a in arrivals], way, band=band).requests_per_second
+    if not most or serve(setup, arrivals, way, clients=1, band=band).mean("normalized") > normalized:
+        return 0.0
     if bears(most):
         return most
     low, high = 0.0, most
-    while high - low > 0.02 * high:
+    while high - low > 0.02 * high and high > _LEAST * most:
         middle = (low + high) / 2
         low, high = (middle, high) if bears(middle) else (low, middle)
     return low
