@@ -122,8 +122,8 @@ class Engine:
     goes on from there. An answer is computed token by token and a prompt together, which differs in the last bits (some 1e-6
     in a logit): without `answers` a text's numbers do not depend on what was asked before, to the bit. policy: "paged", or to
     compare with "static" (padded batches of whole contexts) and "alone". context: most tokens of a text (None: what the decoder
-    and the memory allow). compile: whether texts look at the cache by compiled code (None: where the decoder is compiled); the
-    first time it takes half a minute or more, and `progress` is told.
+    and the memory allow). compile: whether texts look at the cache, and a few rows are multiplied, by compiled code (None:
+    where the decoder is compiled); the first time it takes a minute or more, and `progress` is told.
 
     It ends with `close`, when nobody has it any more, and at the interpreter's end. Raises LabError where the memory
     does not suffice, saying the least that does.
@@ -147,7 +147,7 @@ class Engine:
         compile = (decoder.compiled is not None or decoder.fused) if compile is None else compile
         sinks = any("sinks" in layer for layer in decoder.weights.each())
         self.cache = PagedCache(shapes, self.blocks.count, SIZE, kv, decoder.cache_device, compile, sinks, progress)
-        self.batcher = Batcher(decoder, self.cache, Matrices(decoder, reserved=self.cache.bytes))
+        self.batcher = Batcher(decoder, self.cache, Matrices(decoder, None, self.cache.bytes, compile, progress))
         self._ends, self._named = end_tokens(decoder, words), words.get_added_vocab()
         self.history: deque[Record] = deque(maxlen=_HISTORY)
         self._counters, self._began = Counters(), time.perf_counter()

@@ -5,7 +5,8 @@ unpacking costs comes on top: where memory allows the weights are numbers here, 
 
 A library takes other ways for few rows than for many, and its sums then differ in their last bits. So rows are filled up to the
 next number of them that is multiplied as many are; which numbers those are is measured, once on a machine. (MKL on AVX2: with
-one thread 4 and more; with two, which share the rows out, 4, 8, 12 and more.)
+one thread 4 and more; with two, which share the rows out, 4, 8, 12 and more.) Up to four rows are bound by bytes again:
+compiled code multiplies them by packed weights where that gives the same bits, see `few`.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from ..kernels.tuning import remembered
 from ..kernels.words import Words
 from ..units import GIB, format_bytes
 from .decoder import Decoder
+from .few import MOST, SHARE, Both, Few
 from .layers import LayerShape, Matmul
 from .weights import Weights
 
@@ -34,12 +36,14 @@ class Matrices:
     """A decoder's weights for many rows. `shapes`, `turning`, `handed` and `last` as `Weights` has them, `multiply` as
     `layers.block` takes it, in `dtype`.
 
-    numbers: whether they are held as plain numbers (None: where there is room for them beside `reserved` bytes). bytes: what
+    numbers: whether they are held as plain numbers (None: where there is room for them beside `reserved` bytes). compile: few
+    rows are multiplied by compiled code where that is quicker; made once on a machine, of which `progress` is told. bytes: what
     they take then. alike: numbers of rows that are multiplied as many are, of those measured (None on a card, where it is not
     looked for). why: what was chosen, in a line.
     """
 
-    def __init__(self, decoder: Decoder, numbers: bool | None = None, reserved: int = 0):
+    def __init__(self, decoder: Decoder, numbers: bool | None = None, reserved: int = 0, compile: bool = False,
+                 progress: Callable[[str], None] | None = None):
         weights = decoder.weights
         self.weights, self.dtype, self.turning = weights, decoder.dtype, weights.turning
         self.vocabulary, self.bytes, self._table = weights.embedding.rows, 0, None
@@ -61,15 +65,31 @@ class Matrices:
             self.why = decoder.why
             if stays and numbers is None:
                 self.why = f"{format_bytes(wanted)} for numbers are not free; {self.why}"
-        self.alike = None
+        self.alike, self.few = None, False
         if decoder.device.type == "cpu":
             kinds = {(min(one.rows, _ROWS), one.cols) for one in _matrices(weights)}
             self.alike = [n for n in _MEASURED if all(_multiplied_alike(*kind, dtype) >> n & 1 for kind in kinds)]
         if self.alike is not None and any(shape.experts for shape in self.shapes):      # each gets as many rows as chose it
             self.multiply = partial(_filled_up, self.multiply, self.even)
+        elif compile and self.bytes and self.alike and dtype == torch.float32 and SHARE * wanted <= free - wanted:
+            self._take_few(layers, head, progress)
+
+    def _take_few(self, layers: list[dict], head: dict, progress: Callable[[str], None] | None) -> None:
+        """Few rows are multiplied by codes from now on."""
+        parts = [*zip(layers, self.weights.layers, self.weights.shapes, strict=True), (head, self.weights.head, None)]
+        few = Few([(part[name], [before[one] for one in names]) for part, before, shape in parts
+                   for name, names in _under(before, shape).items()], self.even(MOST), progress)
+        self.why = f"{self.why}; {few.why}"
+        if few.found:
+            for part, _, _ in parts:
+                part.update({name: few.found[id(value)] for name, value in part.items() if id(value) in few.found})
+            self.bytes, self.few, self.multiply = self.bytes + few.bytes, True, partial(_few_or_many, self._filled)
 
     def even(self, count: int) -> int:
         """So many rows, filled up."""
+        return count if self.few and count <= MOST else self._filled(count)
+
+    def _filled(self, count: int) -> int:
         if self.alike is None:
             return count
         if count > _FEW and self.alike[-len(_MORE):] == list(_MORE):
@@ -93,10 +113,19 @@ def _filled_up(multiply: Matmul, even: Callable[[int], int], x: torch.Tensor, ma
     return multiply(x, matrix) if many == count else multiply(torch.cat([x, x[:1].expand(many - count, -1)]), matrix)[:count]
 
 
+def _few_or_many(even: Callable[[int], int], x: torch.Tensor, matrix: torch.Tensor | Both) -> torch.Tensor:
+    """Few rows by codes where the matrix has some; more, which were filled up, by numbers."""
+    if isinstance(matrix, Both):
+        if len(x) <= MOST and (found := matrix.few(x)) is not None:
+            return found
+        matrix = matrix.numbers
+    return _filled_up(_multiply, even, x, matrix) if len(x) <= MOST else _multiply(x, matrix)
+
+
 def _as_numbers(layer: dict, shape: LayerShape, dtype: torch.dtype) -> tuple[dict, LayerShape]:
     """A layer's matrices as numbers, those with the same input under one another."""
     layer = {name: _numbers(value, dtype) for name, value in layer.items()}
-    names = {"inputs": shape.inputs, "ff": () if shape.experts else shape.ff, "shared": shape.shared}
+    names = _joined(shape)
     for group in (names for names in names.values() if len(names) > 1):
         parts, biases = [layer.pop(name) for name in group], [layer.pop(f"{name}.bias", None) for name in group]
         layer["_".join(group)] = torch.cat(parts)
@@ -105,6 +134,19 @@ def _as_numbers(layer: dict, shape: LayerShape, dtype: torch.dtype) -> tuple[dic
                                                           for part, bias in zip(parts, biases, strict=True)])
     fused = {kind: ("_".join(group),) if group else getattr(shape, kind) for kind, group in names.items()}
     return layer, replace(shape, dtype=dtype, **fused)
+
+
+def _joined(shape: LayerShape) -> dict[str, tuple[str, ...]]:
+    """The names of those that have the same input."""
+    return {"inputs": shape.inputs, "ff": () if shape.experts else shape.ff, "shared": shape.shared}
+
+
+def _under(layer: dict, shape: LayerShape | None) -> dict[str, tuple[str, ...]]:
+    """By the name it has as numbers, what each matrix of a layer, or of the head, is made of."""
+    groups = list(_joined(shape).values()) if shape else []
+    taken = {name for names in groups for name in names}
+    alone = [(name,) for name, value in layer.items() if isinstance(value, (Packed, Words)) and name not in taken]
+    return {"_".join(names): names for names in groups + alone if names}
 
 
 def _numbers(value, dtype: torch.dtype):

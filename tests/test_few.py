@@ -1,0 +1,80 @@
+"""Few rows by codes: to the bit what many rows are by numbers, or not at all."""
+
+import pytest
+import torch
+from kernel_checks import blocks as sane_blocks
+
+from llmlab import kernels
+from llmlab.formats import dequantize
+from llmlab.runtime import few
+from llmlab.runtime.compiling import NotPackaged
+from llmlab.runtime.few import MOST, Few
+
+MANY = 64
+SIZES = ((192, 576), (576, 1536), (100, 256))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Codes are quicker, whatever this machine is just doing."""
+    monkeypatch.setattr(few, "_quicker", lambda both, many: dict(both[0].packages))
+
+
+@pytest.fixture(scope="module")
+def matrices():
+    found = []
+    for rows, cols in SIZES:
+        blocks = sane_blocks("Q4_1", rows, cols)
+        found.append((dequantize(blocks, "Q4_1"), [kernels.pack(blocks, "Q4_1", "compact")]))
+    return found
+
+
+def test_few_rows_are_what_many_are(matrices):
+    made = Few(matrices, MANY)
+    assert f"{len(made.found)} of {len(SIZES)}" in made.why
+    for (numbers, _) in matrices:
+        if both := made.found.get(id(numbers)):
+            x = torch.randn(MANY, numbers.shape[1], generator=torch.Generator().manual_seed(9))
+            many = torch.mm(x, numbers.T)
+            for count in range(1, MOST + 1):
+                assert torch.equal(both.few(x[:count]), many[:count])
+            assert both.few(x[:MOST + 1]) is None
+    assert made.bytes == sum(both.codes.bytes for both in made.found.values())
+
+
+def test_one_other_bit_and_numbers_are_taken(matrices, monkeypatch):
+    true = few._many
+
+    def other(x, numbers, many):
+        y = true(x, numbers, many)
+        if numbers.shape == SIZES[1]:
+            y[0, 7] = torch.nextafter(y[0, 7], torch.tensor(torch.inf))
+        return y
+
+    before = set(Few(matrices, MANY).found)
+    monkeypatch.setattr(few, "_many", other)
+    assert set(Few(matrices, MANY).found) == before - {id(matrices[1][0])}
+
+
+def test_numbers_that_are_not_the_codes_stay(matrices):
+    numbers, sources = matrices[0]
+    rounded = numbers.bfloat16().float()
+    assert not Few([(rounded, sources), (numbers.bfloat16(), sources), (numbers, [numbers])], MANY).found
+
+
+def test_without_a_compiler_numbers_are_taken(matrices, monkeypatch):
+    def refuse(*args):
+        raise NotPackaged("no C++ compiler was found")
+
+    monkeypatch.setattr(few, "package", refuse)
+    made = Few(matrices, MANY)
+    assert not made.found and not made.bytes and "no C++ compiler was found" in made.why
+
+
+def test_what_takes_longer_is_not_used(matrices, monkeypatch):
+    monkeypatch.setattr(few, "_quicker", lambda both, many: {4: both[0].packages[4]})
+    for both in Few(matrices, MANY).found.values():
+        one = both.few(torch.ones(1, both.codes.cols))
+        assert torch.equal(one, both.few(torch.ones(4, both.codes.cols))[:1])
+    monkeypatch.setattr(few, "_quicker", lambda both, many: {})
+    assert not Few(matrices, MANY).found
