@@ -8,7 +8,7 @@ import torch
 from runtime_models import CASES, VOCAB, divergence, make
 
 from llmlab.errors import LabError
-from llmlab.runtime import matrices
+from llmlab.runtime import few, matrices
 from llmlab.runtime.batching import Batcher, longest
 from llmlab.runtime.decoder import Decoder
 from llmlab.runtime.matrices import Matrices
@@ -38,9 +38,9 @@ def opened(path, **settings) -> Decoder:
 class Reading:
     """Texts read by a batcher, each in blocks of its own, which lie in no order."""
 
-    def __init__(self, decoder: Decoder, kv: str = "f32", numbers: bool | None = None, blocks: int = 64):
+    def __init__(self, decoder: Decoder, kv: str = "f32", numbers: bool | None = None, blocks: int = 64, compile: bool = False):
         self.cache = PagedCache(decoder.weights.shapes, blocks, SIZE, kv)
-        self.batcher = Batcher(decoder, self.cache, Matrices(decoder, numbers))
+        self.batcher = Batcher(decoder, self.cache, Matrices(decoder, numbers, compile=compile))
         self.free = list(range(blocks))
         random.Random(0).shuffle(self.free)
         self.tables: dict[int, list[int]] = {}
@@ -158,3 +158,24 @@ def test_rows_are_filled_up_to_what_is_multiplied_alike(tiny):
     assert [made.even(count) for count in (1, 4, 5, 9, 64, 65)] == [4, 4, 8, 64, 64, 128]
     made.alike = [4, 8, *matrices._MORE]
     assert [made.even(count) for count in (9, 65, 100)] == [64, 65, 100]
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_few_rows_by_codes_are_the_same_to_the_bit(tiny, monkeypatch, words):
+    """Alone, among few and among more than are multiplied by codes, whatever the decoder's own weights are held as."""
+    monkeypatch.setattr(few, "COUNTS", (1, 4))
+    monkeypatch.setattr(few, "_is_quicker", lambda both, count, even: count <= 4)
+    decoder, found = opened(tiny("llama", "Q8_0"), compile=words), []
+    assert bool(decoder.compiled) == words, decoder.why
+    for compile in (False, True):
+        for beside in ([], [1], [1, 2], [1, 2, 4], [1, 2, 4, 5]):
+            reading = Reading(decoder, numbers=True, compile=compile)
+            reading.read((0, 40))
+            for text in beside:
+                reading.read((text, 5))
+            found.append(reading.read((0, 1), *((text, 1) for text in beside))[0])
+    made = reading.batcher.matrices
+    assert all(torch.equal(found[0], one) for one in found)
+    assert "by the codes of" in made.why and made.even(5) == made._filled(5)
+    if made.few:
+        assert [made.even(count) for count in (1, 3, 4)] == [1, 3, 4] and made.bytes > Matrices(decoder, True).bytes

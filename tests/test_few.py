@@ -11,13 +11,18 @@ from llmlab.runtime.compiling import NotPackaged
 from llmlab.runtime.few import MOST, Few
 
 MANY = 64
-SIZES = ((192, 576), (576, 1536), (100, 256))
+SIZES = ((192, 576), (576, 1536), (100, 800))
+
+
+def even(count):
+    """What all are filled up to here."""
+    return MANY
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Codes are quicker, whatever this machine is just doing."""
-    monkeypatch.setattr(few, "_quicker", lambda both, many: dict(both[0].packages))
+    monkeypatch.setattr(few, "_is_quicker", lambda both, count, even: True)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def matrices():
 
 
 def test_few_rows_are_what_many_are(matrices):
-    made = Few(matrices, MANY)
+    made = Few(matrices, even)
     assert f"{len(made.found)} of {len(SIZES)}" in made.why
     for (numbers, _) in matrices:
         if both := made.found.get(id(numbers)):
@@ -45,21 +50,21 @@ def test_few_rows_are_what_many_are(matrices):
 def test_one_other_bit_and_numbers_are_taken(matrices, monkeypatch):
     true = few._many
 
-    def other(x, numbers, many):
-        y = true(x, numbers, many)
+    def other(x, numbers, even):
+        y = true(x, numbers, even)
         if numbers.shape == SIZES[1]:
             y[0, 7] = torch.nextafter(y[0, 7], torch.tensor(torch.inf))
         return y
 
-    before = set(Few(matrices, MANY).found)
+    before = set(Few(matrices, even).found)
     monkeypatch.setattr(few, "_many", other)
-    assert set(Few(matrices, MANY).found) == before - {id(matrices[1][0])}
+    assert set(Few(matrices, even).found) == before - {id(matrices[1][0])}
 
 
 def test_numbers_that_are_not_the_codes_stay(matrices):
     numbers, sources = matrices[0]
     rounded = numbers.bfloat16().float()
-    assert not Few([(rounded, sources), (numbers.bfloat16(), sources), (numbers, [numbers])], MANY).found
+    assert not Few([(rounded, sources), (numbers.bfloat16(), sources), (numbers, [numbers])], even).found
 
 
 def test_without_a_compiler_numbers_are_taken(matrices, monkeypatch):
@@ -67,14 +72,18 @@ def test_without_a_compiler_numbers_are_taken(matrices, monkeypatch):
         raise NotPackaged("no C++ compiler was found")
 
     monkeypatch.setattr(few, "package", refuse)
-    made = Few(matrices, MANY)
+    made = Few(matrices, even)
     assert not made.found and not made.bytes and "no C++ compiler was found" in made.why
 
 
 def test_what_takes_longer_is_not_used(matrices, monkeypatch):
-    monkeypatch.setattr(few, "_quicker", lambda both, many: {4: both[0].packages[4]})
-    for both in Few(matrices, MANY).found.values():
+    monkeypatch.setattr(few, "_is_quicker", lambda both, count, even: count in (4, 8))
+    made = Few(matrices, even)
+    assert made.most == (8 if made.found else 0)
+    for both in made.found.values():
+        assert list(both.packages) == [4] and both.few(torch.ones(9, both.codes.cols)) is None
         one = both.few(torch.ones(1, both.codes.cols))
-        assert torch.equal(one, both.few(torch.ones(4, both.codes.cols))[:1])
-    monkeypatch.setattr(few, "_quicker", lambda both, many: {})
-    assert not Few(matrices, MANY).found
+        assert torch.equal(one, both.few(torch.ones(7, both.codes.cols))[-1:])
+    monkeypatch.setattr(few, "_is_quicker", lambda both, count, even: False)
+    made = Few(matrices, even)
+    assert not made.found and not made.most

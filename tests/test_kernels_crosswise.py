@@ -13,10 +13,10 @@ HELD = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "Q2_K", "Q3_
 ROWS, COLS, BLOCK = 150, 768, 160
 
 
-def laid(type, lanes=16, rows=ROWS, cols=COLS):
-    blocks = sane_blocks(type, rows, cols)
+def laid(type, lanes, block=BLOCK):
+    blocks = sane_blocks(type, ROWS, COLS)
     parts = crosswise.parted(kernels.pack(blocks, type, "compact"))
-    return (None if parts is None else crosswise.lay_out(parts, BLOCK, lanes)), dequantize(blocks, type)
+    return (None if parts is None else crosswise.lay_out(parts, block, lanes)), dequantize(blocks, type)
 
 
 @pytest.mark.parametrize("lanes", [8, 16])
@@ -65,10 +65,10 @@ def test_numbers_have_no_codes():
     assert crosswise.parted(kernels.pack(torch.ones(4, 64).view(torch.uint8).view(4, -1), "F32", "compact")) is None
 
 
-def in_order(x, weights):
+def in_order(x, weights, block):
     """Each block's sum as one chain: product and sum rounded together, input after input."""
     y = torch.zeros(len(x), len(weights))
-    for some, others in zip(x.double().split(BLOCK, 1), weights.double().split(BLOCK, 1), strict=True):
+    for some, others in zip(x.double().split(block, 1), weights.double().split(block, 1), strict=True):
         found = torch.zeros_like(y)
         for a, b in zip(some.T, others.T, strict=True):
             found = (found + a[:, None] * b).float()        # twice rounded, by way of float64: wrong once in 2^29
@@ -80,9 +80,9 @@ def in_order(x, weights):
 def test_compiled_it_sums_in_order(type):
     from llmlab.runtime import few
 
-    found, weights = laid(type, words.lanes())
+    found, weights = laid(type, words.lanes(), block=192)
     x = torch.randn(2, COLS, generator=torch.Generator().manual_seed(4))
     laid_x = crosswise.arranged(x, found, 2)
     y = few._package(found.layout, 2, None)(laid_x, *found.tensors)[0][:, :ROWS]
-    assert torch.equal(y, in_order(x, weights))
+    assert torch.equal(y, in_order(x, weights, 192))
     assert not torch.equal(y, crosswise.multiply(laid_x, found, 2)[:, :ROWS])

@@ -1,4 +1,4 @@
-"""One to four rows: multiplied by codes as they are unpacked, to the bit as many rows are by numbers, from fewer bytes.
+"""Few rows: multiplied by codes as they are unpacked, to the bit as many rows are by numbers, from fewer bytes.
 
 Few rows are bound by the bytes of the matrix. `kernels.crosswise` reads a fifth of them, and sums in the order in which some
 libraries multiply many rows by numbers. Whether this machine's does so is not known beforehand: every matrix is tried, and one
@@ -7,22 +7,23 @@ whose results differ in any bit, or take longer, is multiplied as numbers for fe
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from time import perf_counter
 
 import torch
 from torch.nn import functional
 
 from ..kernels import Packed, crosswise
+from ..kernels.arithmetic import quicker
 from ..kernels.crosswise import Apart, Crosswise, Layout
 from ..kernels.tuning import remembered
 from ..kernels.words import Words
 from .compiling import NotPackaged, Package, package
 
-MOST = 4                # rows
-COUNTS = (1, 2, 4)      # of rows that there is code for; three are filled up
+MOST = 16               # rows
+COUNTS = (1, 2, 4)      # of rows that there is code for: three are filled up, more go by fours
 SHARE = 3 / 8           # of the bytes of numbers: what codes take at most
-_ROUNDS = 5             # of measuring
-_ENOUGH = 1 << 28       # bytes of numbers of one kind that are measured: more than caches hold
+_FOUR = COUNTS[-1]
+_ROUNDS = 4             # of measuring
+_ENOUGH = 1 << 27       # bytes of numbers of one kind that are measured: more than caches hold
 _TILES = 128            # of the matrix that code is made with
 _USUAL = 192            # inputs of a block: looked for first, then all multiples of _STEP to the _LONGEST
 _STEP, _LONGEST = 16, 1024
@@ -30,48 +31,56 @@ _ROWS, _TRIED = 1024, 16        # of a matrix it is measured with, at most, and 
 
 
 class Both:
-    """A matrix [rows, cols] as `numbers` and as codes. packages: by a number of rows of x, what multiplies so many."""
+    """A matrix [rows, cols] as `numbers` and as codes. packages: by a number of rows of x, what multiplies so many; most: rows
+    that are multiplied so."""
 
-    def __init__(self, numbers: torch.Tensor, codes: Crosswise, packages: dict[int, Package]):
-        self.numbers, self.codes, self.packages = numbers, codes, packages
+    def __init__(self, numbers: torch.Tensor, codes: Crosswise, packages: dict[int, Package], most: int = MOST):
+        self.numbers, self.codes, self.packages, self.most = numbers, codes, packages, most
 
     def few(self, x: torch.Tensor) -> torch.Tensor | None:
         """x [n, cols] float32 -> [n, rows]; None where so many are multiplied as numbers."""
-        count = len(x)
-        room = next((n for n in self.packages if count <= n), None)
-        if room is None:
+        if len(x) > self.most:
             return None
+        found = [self._some(part) for part in x.split(_FOUR)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _some(self, x: torch.Tensor) -> torch.Tensor:
+        count = len(x)
+        room = next(n for n in self.packages if count <= n)
         x = crosswise.arranged(x, self.codes, room)
         return self.packages[room](x, *self.codes.tensors)[0][:count, :self.codes.rows]
 
 
 class Few:
-    """What few rows are multiplied by. found: by the id of its numbers, each matrix that has codes, too. bytes: of those. why:
-    what was chosen, in a line."""
+    """What few rows are multiplied by. found: by the id of its numbers, each matrix that has codes, too. most: rows that any of
+    them is multiplied by so. bytes: of the codes. why: what was chosen, in a line."""
 
-    def __init__(self, matrices: Iterable[tuple[torch.Tensor, Sequence[Packed | Words]]], many: int,
+    def __init__(self, matrices: Iterable[tuple[torch.Tensor, Sequence[Packed | Words]]], even: Callable[[int], int],
                  progress: Callable[[str], None] | None = None):
-        """matrices: numbers float32, and the matrices that lie under one another in them. many: a number of rows that is
-        multiplied as any larger one is."""
+        """matrices: numbers float32, and the matrices that lie under one another in them. even: the number of rows that so many
+        are filled up to, so that they are multiplied as any larger number is."""
         self.found: dict[int, Both] = {}
         kinds, count = defaultdict(list), 0
         for numbers, sources in matrices:
             count += 1
-            if (codes := _codes(numbers, sources, many)) is not None:
+            if (codes := _codes(numbers, sources, even(MOST))) is not None:
                 kinds[codes.layout, numbers.shape].append((numbers, codes))
         try:
-            made = {known: {n: _package(known, n, progress) for n in COUNTS} for known in {known for known, _ in kinds}}
+            layouts = dict.fromkeys(known for known, _ in kinds)
+            made = {known: {n: _package(known, n, progress) for n in COUNTS} for known in layouts}
         except NotPackaged as error:
-            self.bytes, self.why = 0, f"few rows likewise; not compiled: {error}"
+            self.most, self.bytes, self.why = 0, 0, f"few rows likewise; not compiled: {error}"
             return
         for (known, _), pairs in kinds.items():
-            both = [one for one in (Both(*pair, made[known]) for pair in pairs) if _alike(one, many)]
-            quick = _quicker(both, many) if both else {}
-            for one in both if quick else ():
-                one.packages = quick
+            both = [one for one in (Both(*pair, made[known]) for pair in pairs) if _alike(one, even)]
+            counts = [n for n in (*COUNTS, *range(2 * _FOUR, MOST + 1, _FOUR)) if both and _is_quicker(both, n, even)]
+            for one in both if counts else ():
+                one.packages = {n: made[known][n] for n in COUNTS if n in counts}
+                one.most = counts[-1]
                 self.found[id(one.numbers)] = one
+        self.most = max((one.most for one in self.found.values()), default=0)
         self.bytes = sum(one.codes.bytes for one in self.found.values())
-        self.why = f"up to {MOST} rows by the codes of {len(self.found)} of {count}, to the bit the same"
+        self.why = f"up to {self.most} rows by the codes of {len(self.found)} of {count}, to the bit the same"
 
 
 def _codes(numbers: torch.Tensor, sources: Sequence[Packed | Words], many: int) -> Crosswise | None:
@@ -93,12 +102,12 @@ def _block(rows: int, cols: int, many: int) -> int:
     another way."""
     random = torch.Generator().manual_seed(0)
     x, matrix = (torch.randn(count, cols, generator=random) for count in (many, rows))
-    true = torch.mm(x, matrix.T)[:MOST, :_TRIED]
-    x, matrix = (functional.pad(one.double(), (0, _LONGEST)) for one in (x[:MOST, None], matrix[None, :_TRIED]))
+    true = torch.mm(x, matrix.T)[:_FOUR, :_TRIED]
+    x, matrix = (functional.pad(one.double(), (0, _LONGEST)) for one in (x[:_FOUR, None], matrix[None, :_TRIED]))
     for block in sorted({*range(_STEP, min(cols, _LONGEST) + 1, _STEP)}, key=lambda size: (size != _USUAL, size)):
         count = -(-cols // block)
         a, b = (one[..., :count * block].unflatten(2, (count, block)) for one in (x, matrix))
-        sums = torch.zeros(MOST, true.shape[1], count)
+        sums = torch.zeros(_FOUR, true.shape[1], count)
         for at in range(block):         # by way of float64, whose second rounding shows once in 2^29
             sums = (sums + a[..., at] * b[..., at]).float()
         total = sums[..., 0]
@@ -124,31 +133,21 @@ def _package(known: Layout, count: int, progress: Callable[[str], None] | None) 
                    {0: {0: f"{known.block}*blocks"}, **{i: {0: "tiles", 1: "blocks"} for i in (1, 2, 3)}}, progress)
 
 
-def _many(x: torch.Tensor, numbers: torch.Tensor, many: int) -> torch.Tensor:
+def _many(x: torch.Tensor, numbers: torch.Tensor, even: Callable[[int], int]) -> torch.Tensor:
     """x [n, cols] -> [n, rows], as many rows are multiplied."""
-    return torch.mm(torch.cat([x, x[:1].expand(many - len(x), -1)]), numbers.T)[:len(x)]
+    count = len(x)
+    return torch.mm(torch.cat([x, x[:1].expand(even(count) - count, -1)]), numbers.T)[:count]
 
 
-def _alike(one: Both, many: int) -> bool:
+def _alike(one: Both, even: Callable[[int], int]) -> bool:
     """Whether few rows come out as many do, to the bit."""
     x = torch.randn(MOST, one.codes.cols, generator=torch.Generator().manual_seed(one.codes.rows))
-    wanted = _many(x, one.numbers, many)
-    return all(torch.equal(one.few(x[:n]), wanted[:n]) for n in COUNTS)
+    wanted = _many(x, one.numbers, even)
+    return all(torch.equal(one.few(x[:n]), wanted[:n]) for n in (*COUNTS, MOST))
 
 
-def _quicker(both: list[Both], many: int) -> dict[int, Package]:
-    """The packages that take less time than numbers do, for matrices alike: the best of each in rounds by turns, over as many
-    of them as no cache holds."""
-    some = both[:max(1, _ENOUGH // both[0].numbers.nbytes)]
-    found = {}
-    for n, made in both[0].packages.items():
-        x, took = torch.ones(n, both[0].codes.cols), [float("inf")] * 2
-        for _ in range(_ROUNDS):
-            for way, run in enumerate((lambda one, x=x: one.few(x), lambda one, x=x: _many(x, one.numbers, many))):
-                start = perf_counter()
-                for one in some:
-                    run(one)
-                took[way] = min(took[way], perf_counter() - start)
-        if took[0] < took[1]:
-            found[n] = made
-    return found
+def _is_quicker(both: list[Both], count: int, even: Callable[[int], int]) -> bool:
+    """Whether codes take so many rows less time than numbers do, of matrices that are alike: over as many of them as no cache
+    holds, the best of rounds by turns."""
+    some, x = both[:max(1, _ENOUGH // both[0].numbers.nbytes)], torch.ones(count, both[0].codes.cols)
+    return quicker(lambda: [one.few(x) for one in some], lambda: [_many(x, one.numbers, even) for one in some], _ROUNDS)

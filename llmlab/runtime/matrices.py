@@ -5,8 +5,8 @@ unpacking costs comes on top: where memory allows the weights are numbers here, 
 
 A library takes other ways for few rows than for many, and its sums then differ in their last bits. So rows are filled up to the
 next number of them that is multiplied as many are; which numbers those are is measured, once on a machine. (MKL on AVX2: with
-one thread 4 and more; with two, which share the rows out, 4, 8, 12 and more.) Up to four rows are bound by bytes again:
-compiled code multiplies them by packed weights where that gives the same bits, see `few`.
+one thread 4 and more; with two, which share the rows out, 4, 8, 12 and more.) Few rows are bound by bytes again, and compiled
+code multiplies them by packed weights where that gives the same bits, see `few`.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from ..kernels.tuning import remembered
 from ..kernels.words import Words
 from ..units import GIB, format_bytes
 from .decoder import Decoder
-from .few import MOST, SHARE, Both, Few
+from .few import SHARE, Both, Few
 from .layers import LayerShape, Matmul
 from .weights import Weights
 
@@ -29,6 +29,7 @@ _FEW = 64                               # numbers of rows up to this are measure
 _MORE = (65, 77, 96, 130, 200, 255)     # and of those beyond it these: where one differs all are filled up to multiples of it
 _MANY = 256                             # rows that the others are compared with
 _MEASURED = *range(1, _FEW + 1), *_MORE
+_EVEN = 32                              # numbers of a row that what lies between matrices takes at once: so many rows are alike
 _ROWS = 1024                            # of a matrix it is measured with, at most
 
 
@@ -65,29 +66,30 @@ class Matrices:
             self.why = decoder.why
             if stays and numbers is None:
                 self.why = f"{format_bytes(wanted)} for numbers are not free; {self.why}"
-        self.alike, self.few = None, False
+        self.alike, self.few = None, 0
         if decoder.device.type == "cpu":
             kinds = {(min(one.rows, _ROWS), one.cols) for one in _matrices(weights)}
             self.alike = [n for n in _MEASURED if all(_multiplied_alike(*kind, dtype) >> n & 1 for kind in kinds)]
         if self.alike is not None and any(shape.experts for shape in self.shapes):      # each gets as many rows as chose it
             self.multiply = partial(_filled_up, self.multiply, self.even)
         elif compile and self.bytes and self.alike and dtype == torch.float32 and SHARE * wanted <= free - wanted:
-            self._take_few(layers, head, progress)
+            if not any(one.cols % _EVEN for one in _matrices(weights)):
+                self._take_few(layers, head, progress)
 
     def _take_few(self, layers: list[dict], head: dict, progress: Callable[[str], None] | None) -> None:
         """Few rows are multiplied by codes from now on."""
         parts = [*zip(layers, self.weights.layers, self.weights.shapes, strict=True), (head, self.weights.head, None)]
         few = Few([(part[name], [before[one] for one in names]) for part, before, shape in parts
-                   for name, names in _under(before, shape).items()], self.even(MOST), progress)
+                   for name, names in _under(before, shape).items()], self.even, progress)
         self.why = f"{self.why}; {few.why}"
         if few.found:
             for part, _, _ in parts:
                 part.update({name: few.found[id(value)] for name, value in part.items() if id(value) in few.found})
-            self.bytes, self.few, self.multiply = self.bytes + few.bytes, True, partial(_few_or_many, self._filled)
+            self.bytes, self.few, self.multiply = self.bytes + few.bytes, few.most, partial(_few_or_many, self._filled)
 
     def even(self, count: int) -> int:
         """So many rows, filled up."""
-        return count if self.few and count <= MOST else self._filled(count)
+        return count if count <= self.few else self._filled(count)
 
     def _filled(self, count: int) -> int:
         if self.alike is None:
@@ -114,12 +116,12 @@ def _filled_up(multiply: Matmul, even: Callable[[int], int], x: torch.Tensor, ma
 
 
 def _few_or_many(even: Callable[[int], int], x: torch.Tensor, matrix: torch.Tensor | Both) -> torch.Tensor:
-    """Few rows by codes where the matrix has some; more, which were filled up, by numbers."""
+    """Few rows by codes where the matrix has some; more by numbers, filled up."""
     if isinstance(matrix, Both):
-        if len(x) <= MOST and (found := matrix.few(x)) is not None:
+        if (found := matrix.few(x)) is not None:
             return found
         matrix = matrix.numbers
-    return _filled_up(_multiply, even, x, matrix) if len(x) <= MOST else _multiply(x, matrix)
+    return _filled_up(_multiply, even, x, matrix)
 
 
 def _as_numbers(layer: dict, shape: LayerShape, dtype: torch.dtype) -> tuple[dict, LayerShape]:
