@@ -16,6 +16,7 @@ _RUNNING = {      # name -> module that needs torch
     "CacheExplorer": "cache_panel", "CacheState": "cache_state", "HeatState": "cache_heat",
     "ChatPanel": "chat_panel", "ChatState": "chat_state", "CompileExplorer": "compile_panel", "CompileState": "compile_state",
     "OffloadExplorer": "offload_panel", "OffloadState": "offload_state", "RunState": "offload_run",
+    "ServingExplorer": "serving_panel", "ServingState": "serving_state", "ServingRun": "serving_run",
     "QuantizationExplorer": "quantization_panel",
     "QuantizationState": "quantization_state", "TwinState": "quantization_twin", "quality_figure": "quantization_figures",
     "rates_figure": "quantization_figures",

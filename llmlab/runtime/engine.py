@@ -39,7 +39,8 @@ _END = ("end", None)
 class Record(NamedTuple):
     """One step, measured. at: when it began, seconds since the engine was made. seconds: it took, `computing` of them the
     model. rows: tokens read; padded: rows computed for nothing beside them; logits: texts whose next token was wanted; cells:
-    of the cache, looked at by each part together. running, waiting: texts after it; used, cached, free: blocks after it."""
+    of the cache, looked at by each part together. running, waiting: texts after it; used, cached, free: blocks after it;
+    wasted: cells of used blocks that hold nothing then."""
 
     at: float
     seconds: float
@@ -53,6 +54,33 @@ class Record(NamedTuple):
     used: int
     cached: int
     free: int
+    wasted: int
+
+
+class Seen(NamedTuple):
+    """A text at one moment. job: whose; number: by which `owners` calls it; state: "waiting" (one that was preempted too),
+    "reading" its text, or "writing"; prompt, new: its tokens; cells: of them in the cache, `reused` of the prompt's were there
+    before; preempted: how often; blocks: those it holds, in the order of its tokens."""
+
+    job: Job
+    number: int
+    state: str
+    prompt: int
+    new: int
+    cells: int
+    reused: int
+    preempted: int
+    blocks: tuple[int, ...]
+
+
+class View(NamedTuple):
+    """An engine at one moment, `at` seconds after it was made. texts: those that run, then those that wait; owners: as
+    `Engine.owners` has them; usage: of the blocks, exact."""
+
+    at: float
+    texts: tuple[Seen, ...]
+    owners: tuple[int, ...]
+    usage: Usage
 
 
 @dataclass
@@ -247,6 +275,14 @@ class Engine:
         with self._lock:
             return self._scheduler.owners()
 
+    def view(self) -> View:
+        """What each text does and holds now, from whatever thread; what was asked for only just may still be missing."""
+        with self._lock:
+            scheduler = self._scheduler
+            texts = [self._texts[one] for one in (*scheduler.running, *scheduler.waiting) if one in self._texts]
+            return View(time.perf_counter() - self._began, tuple(_seen(text) for text in texts), tuple(scheduler.owners()),
+                        self.blocks.usage())
+
     def idle(self) -> bool:
         """Whether nothing runs, waits, or was just asked for."""
         with self._lock:
@@ -431,7 +467,8 @@ class Engine:
         counters.computing += computing
         self.history.append(Record(start - self._began, now - start, computing, rows, step.padded, logits,
                                    sum(piece.first + piece.count for piece in pieces), len(self._scheduler.running),
-                                   len(self._scheduler.waiting), usage.used, usage.cached, usage.free))
+                                   len(self._scheduler.waiting), usage.used, usage.cached, usage.free,
+                                   usage.wasted))
 
     def _stop(self) -> None:
         """All that runs or waits ends where it is."""
@@ -448,6 +485,14 @@ class Engine:
                 for text in (of, *of.others) if what == "begin" else ():
                     text.job.end(_closed())
         self._orders.put(_END)      # the thread may still wait for the one that was taken here
+
+
+def _seen(text: _Text) -> Seen:
+    sequence = text.sequence
+    new = len(sequence.tokens) - len(sequence.prompt)
+    runs = "writing" if new and sequence.left < 2 else "reading"
+    return Seen(text.job, sequence.id, runs if sequence.state == "running" else "waiting", len(sequence.prompt), new,
+                sequence.computed, sequence.reused, sequence.preempted, tuple(sequence.table.blocks) if sequence.table else ())
 
 
 def _writes(piece: Piece) -> bool:

@@ -89,8 +89,9 @@ class Served:
 
 @dataclass(frozen=True, repr=False)
 class Simulation:
-    """A run that never was: modelled. `requests` in the order they ended; `refused`: those too long for the memory or context;
-    `history`: every step; `size`: cells of a block."""
+    """A run that never was: modelled; or one that was, measured (`kind`; its history is then the engine's own). `requests` in
+    the order they ended; `refused`: those too long for the memory or context; `history`: every step; `size`: cells of a
+    block."""
 
     requests: tuple[Served, ...]
     refused: int
@@ -172,7 +173,8 @@ class Simulation:
                 "wasted": self.wasted_share, "preemptions": self.preemptions}
 
     def __repr__(self) -> str:
-        return (f"<simulated, {self.policy}: {len(self.requests)} requests in {self.seconds:.4g} s, "
+        how = "measured" if self.kind == "measured" else "simulated"
+        return (f"<{how}, {self.policy}: {len(self.requests)} requests in {self.seconds:.4g} s, "
                 f"{self.requests_per_second:.3g} requests and {self.tokens_per_second:.4g} tokens a second, "
                 f"{self.wasted_share:.1%} of the held cache wasted, {self.preemptions} preemptions>")
 
