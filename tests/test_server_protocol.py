@@ -150,6 +150,23 @@ def test_a_gate_lets_so_many_in():
     assert gate.inside == 0 and 1 <= gate.patience() <= 60
 
 
+def test_when_to_come_again_goes_by_answers_that_ended():
+    """Not by requests that were read or refused: where six left within a minute, half of three leave in 15 seconds."""
+    gate = Gate(10)
+    with gate.admitted(3):
+        for _ in range(100):
+            with pytest.raises(Refusal), gate.reading():
+                raise Refusal("no such parameter")
+            with pytest.raises(Refusal), gate.admitted(1):
+                raise Refusal("the engine cannot take it")
+        assert gate.patience() == 5 and (gate.inside, gate.answers) == (3, 3)       # nobody has left yet
+        with gate.admitted(6):
+            pass
+        with gate.reading():
+            assert gate.patience() == 15 and (gate.inside, gate.answers) == (4, 3)
+    assert gate.inside == gate.answers == 0
+
+
 # ---- metrics ------------------------------------------------------------------------------------------------------
 
 def test_a_histogram_counts_up_to_each_bound():

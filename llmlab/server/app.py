@@ -92,7 +92,7 @@ class Endpoints:
         """A chat's or a completion's answers, whole or as events."""
         try:
             self.service.check()
-            with self.service.gate.admitted(1):         # before the body is read: it takes memory, and time to understand
+            with self.service.gate.reading():           # before the body is read: it takes memory, and time to understand
                 body = await body_of(request, self.service.limits)
                 question = await asyncio.get_running_loop().run_in_executor(self._preparing, self._question, kind, body)
             self.service.check()            # it may have been told to stop meanwhile

@@ -43,30 +43,46 @@ class Limits:
 
 
 class Gate:
-    """Lets so many answers in at once, of all requests together; the others are told when to come again."""
+    """Lets so many answers in at once, of all requests together; the others are told when to come again. inside: places that
+    are taken; answers: of them those of answers, the others are of requests that are still being read."""
 
     def __init__(self, room: int):
-        self.room, self.inside = room, 0
+        self.room, self.inside, self.answers = room, 0, 0
         self._left: deque[tuple[float, int]] = deque()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """While a request is read, which takes a place and makes no answer yet. Raises as `admitted`."""
+        with self._in(1):
+            yield
 
     @contextlib.contextmanager
     def admitted(self, answers: int) -> Iterator[None]:
         """While the answers of a request are being made. Raises Refusal, 429 with Retry-After, where there is no room."""
-        if self.inside + answers > self.room:
+        with self._in(answers):
+            self.answers += answers
+            try:
+                yield
+                self._left.append((time.monotonic(), answers))      # not where they were refused after all
+            finally:
+                self.answers -= answers
+                self._forget()
+
+    @contextlib.contextmanager
+    def _in(self, places: int) -> Iterator[None]:
+        if self.inside + places > self.room:
             raise too_busy(self.patience())
-        self.inside += answers
+        self.inside += places
         try:
             yield
         finally:
-            self.inside -= answers
-            self._left.append((time.monotonic(), answers))
-            self._forget()
+            self.inside -= places
 
     def patience(self) -> int:
-        """Seconds after which half of those inside will have left, at the pace of the last minute; 1 to 60."""
+        """Seconds after which half of the answers inside will have left, at the pace of the last minute; 1 to 60."""
         self._forget()
         left = sum(count for _, count in self._left)
-        return max(1, min(60, math.ceil(self.inside / 2 * _LATELY / left))) if left else 5
+        return max(1, min(60, math.ceil(self.answers / 2 * _LATELY / left))) if left else 5
 
     def _forget(self) -> None:
         while self._left and self._left[0][0] < time.monotonic() - _LATELY:

@@ -147,8 +147,8 @@ class Server:
         with self._hearing():
             while self._thread.is_alive() and not self._signalled(0.5):
                 pass
-            if self.service.gate.inside:
-                tell(f"stopping: {self.service.gate.inside} answers are being made, for "
+            if self.service.gate.answers:
+                tell(f"stopping: {self.service.gate.answers} answers are being made, for "
                      f"{self.service.limits.stop_seconds:g} s at most; Ctrl-C again ends them")
             self.close()
 

@@ -62,7 +62,7 @@ class Service:
     def text(self) -> str:
         """Everything that was counted, for Prometheus."""
         lines = [metrics.family("llmlab_requests_total", "counter", "Requests that ended, by how.", self.outcomes.samples()),
-                 metrics.one("llmlab_answers", "gauge", "Answers being made or waiting.", self.gate.inside),
+                 metrics.one("llmlab_answers", "gauge", "Answers being made or waiting.", self.gate.answers),
                  metrics.family("llmlab_first_token_seconds", "histogram", "From the question to the first token.",
                                 self.first.samples()),
                  metrics.family("llmlab_token_seconds", "histogram", "For each token after the first, the mean of an answer.",
