@@ -177,6 +177,11 @@ def test_logprobs_of_a_completion(ask):
     assert len(chances.tokens) == len(chances.token_logprobs) == len(chances.text_offset) == len(chances.top_logprobs) == 5
     assert chances.text_offset[0] == 0 and chances.text_offset == sorted(chances.text_offset)
     assert all(token in top and len(top) == 2 for token, top in zip(chances.tokens, chances.top_logprobs, strict=True))
+    unlikely = write(ask, logprobs=2, count=5, logit_bias={"90": 100}).choices[0].logprobs      # chosen, and not among the best
+    for token, logprob, top in zip(unlikely.tokens, unlikely.token_logprobs, unlikely.top_logprobs, strict=True):
+        assert top[token] == logprob and len(top) == 2 + (logprob < sorted(top.values())[-2])
+    alone = write(ask, logprobs=0, count=3).choices[0].logprobs
+    assert [list(top) for top in alone.top_logprobs] == [[token] for token in alone.tokens]
 
 
 # ---- completions --------------------------------------------------------------------------------------------------

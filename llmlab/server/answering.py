@@ -110,8 +110,11 @@ class TextChoice(Choice):
         for chance in chances:
             offsets.append(self._at)
             self._at += len(_piece(self.words, chance.token).decode(errors="ignore"))
+        # The chosen one is among the best whatever its chance: up to one more than was asked for, as OpenAI's reference says.
+        best = [{self._named(token): logprob for token, logprob in (*chance.top, (chance.token, chance.logprob))}
+                for chance in chances]
         return {"tokens": names, "token_logprobs": [chance.logprob for chance in chances], "text_offset": offsets,
-                "top_logprobs": [{self._named(token): logprob for token, logprob in chance.top} for chance in chances]}
+                "top_logprobs": best}
 
     def _named(self, token: int) -> str:
         """A token's text; bytes that are no character by themselves as OpenAI writes them, bytes:\\xe2\\x80."""
