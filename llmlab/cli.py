@@ -450,8 +450,8 @@ def _serve(a: argparse.Namespace, rest: list[str]) -> None:
         if not 1 <= a.threads <= 1024:
             raise LabError(f"--threads is {a.threads}; give a number from 1 up, such as the processor's cores")
         torch.set_num_threads(a.threads)
-    key = os.environ.get("LLMLAB_API_KEY") if a.api_key is None else a.api_key
-    serve(a.model, a.port, a.host, name=a.name, api_key=key or None, memory=a.memory, kv=a.kv and _kv(a.kv), context=a.context,
+    key = (os.environ.get("LLMLAB_API_KEY") or None) if a.api_key is None else a.api_key
+    serve(a.model, a.port, a.host, name=a.name, api_key=key, memory=a.memory, kv=a.kv and _kv(a.kv), context=a.context,
           sequences=a.sequences, strategy=a.strategy, compile=a.compile, device=a.device, dtype=a.dtype,
           limits=Limits(waiting=a.waiting, seconds=a.timeout), hosts=tuple(a.allow_host), origins=tuple(a.cors))
 

@@ -252,6 +252,38 @@ def test_a_file_that_cannot_be_served(tmp_path, tmp_path_factory, capsys):
     assert len(said) == 3 and all(line.startswith("llmlab: ") for line in said) and "LLMLAB_API_KEY" in said[2]
 
 
+def test_what_cannot_be_served_is_one_line_and_no_traceback(path, tmp_path, capsys):
+    whole = path.read_bytes()
+    for name, data in (("half.gguf", whole[:len(whole) // 2]), ("begun.gguf", whole[:1000]), ("magic.gguf", whole[:4]),
+                       ("empty.gguf", b""), ("other.gguf", b"PK" + whole)):
+        (tmp_path / name).write_bytes(data)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        wrong = [[str(tmp_path / name)] for name in ("half.gguf", "begun.gguf", "magic.gguf", "empty.gguf", "other.gguf")]
+        wrong += [["no-such-model"], ["owner/no-such-repo"], [str(path), "--api-key", ""],
+                  [str(path), "--port", str(taken.getsockname()[1])]]
+        for words in wrong:
+            assert main(["serve", *(["--port", "0"] if "--port" not in words else []), *words]) == 2, words
+            said, = capsys.readouterr().err.splitlines()
+            assert said.startswith("llmlab: ") and len(said) < 500 and "Traceback" not in said, said
+        assert f"port {taken.getsockname()[1]} is taken" in said
+
+
+def test_a_command_whose_port_is_taken_says_so_and_fails(path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = subprocess.run([sys.executable, "-m", "llmlab", "serve", str(path), "--port", str(taken.getsockname()[1])],
+                              capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1) and "is taken" in done.stderr
+
+
+def test_an_empty_key_is_none_in_the_environment_and_wrong_as_an_option(path, monkeypatch, capsys):
+    """An option was meant; a variable that is empty is one that nobody set. (The port ends both.)"""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = ["serve", str(path), "--port", str(taken.getsockname()[1])]
+        assert main([*command, "--api-key", ""]) == 2 and "API key is empty" in capsys.readouterr().err
+        monkeypatch.setenv("LLMLAB_API_KEY", "")
+        assert main(command) == 2 and "is taken" in capsys.readouterr().err
+
+
 def ending(server, **body):
     """A stream that has begun, read on in a thread: (the thread, what it has read)."""
     connection, found = begun(server, LONG | {"stream": True} | body), []
