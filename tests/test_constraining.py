@@ -13,7 +13,7 @@ import vocabularies
 from llmlab.errors import LabError
 from llmlab.gguf import read_gguf
 from llmlab.runtime import constraining
-from llmlab.runtime.constraining import LONGEST, Later, constraint
+from llmlab.runtime.constraining import LONGEST, FormError, Later, constraint, faults, grammar_of
 from llmlab.runtime.sampling import Chooser, Options
 from llmlab.vocabulary import tokenizer_of, words_of
 
@@ -250,6 +250,38 @@ def test_a_form_that_would_take_for_ever_is_ended(small):
     hostile = {"allOf": [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrstuvwxyz"]}
     with pytest.raises(LabError, match="too much time or memory"):
         constraint(small["bpe"], hostile)
+
+
+def test_what_is_wrong_with_each_of_several(small):
+    """In one trial: what comes after one that ends it is as one that asks for too much itself."""
+    odd = {"type": "array", "uniqueItems": True, "items": {"type": "boolean"}}
+    said = faults([({"type": "integer"}, False), (odd, False), (odd, True), ({"type": "objekt"}, True), (nested(900), False),
+                   ({"type": "string", "pattern": "("}, False), ({}, False)])
+    assert [bool(one) for one in said] == [False, True, False, True, True, True, False]
+    assert "uniqueItems" in said[1] and "objekt" in said[3] and "deep" in said[4] and all("\n" not in one for one in said)
+    hostile = {"allOf": [{"type": "string", "pattern": f".*{letter}.*"} for letter in "zyxwvutsrqponmlkjihgfedcba"]}
+    said = faults([({"type": "null"}, False), (hostile, False), ({"type": "boolean"}, False)])
+    assert said[0] == "" and "too much time or memory" in said[1] and said[1] == said[2]
+    assert faults([]) == [] and faults([({"type": "objekt"}, False)]) == [said_alone({"type": "objekt"})]
+
+
+def said_alone(schema):
+    with pytest.raises(FormError) as refused:
+        grammar_of(schema)
+    return str(refused.value)
+
+
+def test_a_form_that_cannot_be_followed_any_further_says_so(small):
+    """What a trial finds nothing wrong with may still come to too much."""
+    words = small["transformers"]
+    form = constraint(words, {"type": "string", "pattern": "^(a{1,50}b?){1,200}c$"})
+    with pytest.raises(FormError, match="the JSON schema cannot be followed: .*too many") as error:
+        for one in '"' + "a" * 200:
+            form.allowed()
+            form.take(words(one, add_special_tokens=False)["input_ids"][0])
+    assert "\n" not in str(error.value)
+    with pytest.raises(FormError, match="the JSON schema"):
+        constraint(words, {"type": "integer"}).take(words("a", add_special_tokens=False)["input_ids"][0])
 
 
 def test_what_cannot_be_followed_can_be_passed_over(small):

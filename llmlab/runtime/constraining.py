@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ SPACES = r"[ ]?|\n[ \t]{0,32}"
 # llguidance's own are for its authors' services: a twentieth of a second a step instead, and memory below 100 MB.
 _LIMITS = {"initial_lexer_fuel": 100_000, "step_lexer_fuel": 100_000, "step_max_items": 50_000, "max_lexer_states": 20_000,
            "max_grammar_size": 200_000, "max_items_in_row": 2000, "verbose_errors": False}
+_ENDED = "working it out takes too much time or memory"
 _SEEN = 256              # bytes of a text in which an opening is looked for
 _known = weakref.WeakKeyDictionary()        # llguidance's view of a vocabulary takes a second to make: one a tokenizer
 
@@ -52,8 +54,42 @@ def constraint(words, form: str | Mapping | bool, kind: str = "json_schema", *, 
     return Form(vocabulary, grammar, kind)
 
 
+class FormError(LabError):
+    """A form cannot be followed, or not from where its text has come to: it asks for too much, or for nothing that can be."""
+
+
 def grammar_of(form: str | Mapping | bool, kind: str = "json_schema", lenient: bool = False) -> str:
     """A form as llguidance's own grammar, tried within bounds. Raises LabError as `constraint` does."""
+    grammar = _converted(form, kind, lenient)
+    try:
+        problem, = _trial(grammar)
+    except _TooMuch:
+        problem = _ENDED
+    if problem:
+        raise _refused(kind, problem)
+    return grammar
+
+
+def faults(schemas: Iterable[tuple[Mapping, bool]]) -> list[str]:
+    """What is wrong with each of several JSON schemas, in a line, or nothing; (schema, lenient) each. All are tried together
+    within the bounds of one trial: what it does not get to asks for too much."""
+    found, grammars = [], {}
+    for at, (schema, lenient) in enumerate(schemas):
+        found.append("")
+        try:
+            grammars[at] = _converted(schema, "json_schema", lenient)
+        except LabError as error:
+            found[at] = str(error)
+    try:
+        said = _trial(*grammars.values()) if grammars else ()
+    except _TooMuch as ended:
+        said = ended.found
+    for at, problem in zip_longest(grammars, said, fillvalue=_ENDED):
+        found[at] = str(_refused("json_schema", problem)) if problem else ""
+    return found
+
+
+def _converted(form: str | Mapping | bool, kind: str, lenient: bool) -> str:
     from llguidance import LLMatcher, grammar_from
 
     try:
@@ -71,12 +107,6 @@ def grammar_of(form: str | Mapping | bool, kind: str = "json_schema", lenient: b
         raise LabError(f"{_NAMES[kind]} nests too deep; make it flatter") from None
     except Exception as error:      # TypeError of json, ValueError of llguidance, whatever the reader of grammars raises
         raise _refused(kind, error) from None
-    try:
-        problem = _trial(grammar)
-    except _TooMuch:
-        problem = "working it out takes too much time or memory"
-    if problem:
-        raise _refused(kind, problem)
     return grammar
 
 
@@ -101,19 +131,19 @@ class Form:
         return self._matcher.is_accepting()
 
     def allowed(self) -> torch.Tensor:
-        """bool [tokens]: which may come next. Raises LabError where none may, and where finding out takes too much."""
+        """bool [tokens]: which may come next. Raises FormError where none may, and where finding out takes too much."""
         found = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) != 0
         self._check()
         found = found[:self._vocabulary.count]
         if not found.any():
-            raise LabError(f"nothing can come next that {_NAMES[self._kind]} allows and the vocabulary can write")
+            raise FormError(f"nothing can come next that {_NAMES[self._kind]} allows and the vocabulary can write")
         return found
 
     def take(self, token: int) -> None:
-        """`token` came. Raises LabError where it could not."""
+        """`token` came. Raises FormError where it could not."""
         if token >= self._vocabulary.count or not self._matcher.consume_token(token):
             self._check()
-            raise LabError(f"token {token} is not what {_NAMES[self._kind]} allows next")
+            raise FormError(f"token {token} is not what {_NAMES[self._kind]} allows next")
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token, of a special one its name."""
@@ -201,28 +231,36 @@ def _check_size(text: str) -> None:
         raise LabError(f"the form has {len(text):,} characters; give one of up to {LONGEST:,}")
 
 
-def _refused(kind: str, problem: Exception | str) -> LabError:
+def _refused(kind: str, problem: Exception | str) -> FormError:
     said = " ".join(str(problem).replace("<non-verbose/>", "").split())[:300]
-    return LabError(f"{_NAMES[kind]} cannot be followed: {said}")
+    return FormError(f"{_NAMES[kind]} cannot be followed: {said}")
 
 
 class _TooMuch(Exception):
-    """A trial was ended by its bounds."""
+    """A trial was ended by its bounds. found: what it said before, of the first grammars."""
+
+    def __init__(self, found: tuple[str, ...]):
+        self.found = found
 
 
 @lru_cache(256)
-def _trial(grammar: str) -> str:
-    """What is wrong with a grammar, or nothing: tried in a process that time and memory are bounded for. Raises _TooMuch, which
-    is not remembered: in a quieter moment the same one may do."""
+def _trial(*grammars: str) -> tuple[str, ...]:
+    """What is wrong with each grammar, or nothing: tried in one process that time and memory are bounded for. Raises _TooMuch,
+    which is not remembered: in a quieter moment the same ones may do."""
     # A special token that a grammar names by its number is any special token of the trial's own small vocabulary.
-    task = json.dumps({"grammar": re.sub(r"<\[\d+\]>", "<[257]>", grammar), "limits": _LIMITS})
+    grammars = [re.sub(r"<\[\d+\]>", "<[257]>", grammar) for grammar in grammars]
+    task = json.dumps({"grammars": grammars, "limits": _LIMITS})
     try:
         # -I: nothing of the current folder is imported.
-        done = subprocess.run([sys.executable, "-I", str(Path(constraint_worker.__file__))], input=task.encode(),
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=_SECONDS)
-        return json.loads(done.stdout).get("error", "")
-    except (subprocess.TimeoutExpired, ValueError):     # killed, by us or by its limits: it said nothing
-        raise _TooMuch from None
+        said = subprocess.run([sys.executable, "-I", str(Path(constraint_worker.__file__))], input=task.encode(),
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=_SECONDS).stdout
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout or b""
+    *lines, _ = said.split(b"\n")       # of one that was killed, by us or by its limits, there are fewer than there should be
+    found = tuple(json.loads(line)["error"] for line in lines)
+    if len(found) < len(grammars):
+        raise _TooMuch(found)
+    return found
 
 
 class _Vocabulary:

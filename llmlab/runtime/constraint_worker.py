@@ -1,5 +1,5 @@
-"""A process of its own that tries a grammar: JSON on its input, {} or {"error": ...} on its output. Started by constraining.py,
-imports no llmlab.
+"""A process of its own that tries grammars: JSON on its input, a line {"error": ...} for each on its output, empty where
+nothing is wrong. Started by constraining.py, imports no llmlab.
 
 A grammar is written by strangers. llguidance bounds most of what one can cost, but not all (an intersection of patterns doubles
 with each of them); how long a trial takes and how much memory can only be bounded from outside.
@@ -9,7 +9,7 @@ import json
 import random
 import sys
 
-STEPS = 200              # bytes of a text that is made up by the grammar
+STEPS = 200              # bytes of texts that are made up by the grammars, of all together
 SECONDS = 1              # of processor time; a sound grammar takes some hundredths
 MEMORY = 1 << 30         # bytes of address space
 
@@ -36,31 +36,35 @@ class Bytes:
         return list(text.encode())
 
 
-def tried(task: dict) -> str:
+def tried(words, grammar: str, limits, steps: int) -> str:
     """What is wrong with a grammar, or nothing."""
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher
 
-    words = LLTokenizer(Bytes(), n_vocab=len(Bytes.tokens), eos_token=[256])
-    matcher = LLMatcher(words, task["grammar"], log_level=0, limits=LLParserLimits(**task["limits"]))
+    matcher = LLMatcher(words, grammar, log_level=0, limits=limits)
     draw = random.Random(0)
-    for _ in range(STEPS):
+    for _ in range(steps):
         if matcher.is_stopped() or matcher.is_error():
             break
         allowed = [at for at, one in enumerate(matcher.compute_logit_bias()) if one]
         if not allowed or not matcher.consume_token(draw.choice(allowed)):
             break
-    return matcher.get_error()
+    return matcher.get_error() or ""
 
 
 def main() -> None:
     _limit()
-    try:
-        error = tried(json.load(sys.stdin))
-    except MemoryError:
-        error = "it takes too much memory"
-    except Exception as problem:
-        error = f"{type(problem).__name__}: {problem}"
-    print(json.dumps({"error": error} if error else {}), flush=True)
+    from llguidance import LLParserLimits, LLTokenizer
+
+    task = json.load(sys.stdin)
+    words, limits = LLTokenizer(Bytes(), n_vocab=len(Bytes.tokens), eos_token=[256]), LLParserLimits(**task["limits"])
+    for grammar in task["grammars"]:
+        try:
+            error = tried(words, grammar, limits, max(1, STEPS // len(task["grammars"])))
+        except MemoryError:
+            error = "it takes too much memory"
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {problem}"
+        print(json.dumps({"error": error}), flush=True)
 
 
 if __name__ == "__main__":
