@@ -217,6 +217,18 @@ def test_an_echo(ask):
     assert "".join(chunk.choices[0].text for chunk in write(ask, echo=True, stream=True)) == found
 
 
+def test_an_echo_alone(ask):
+    """max_tokens=0: the prompt as it is, and its tokens counted."""
+    found = write(ask, ["hello", "other"], count=0, echo=True, n=2)
+    assert [(one.text, one.finish_reason) for one in found.choices] == [("hello", "length")] * 2 + [("other", "length")] * 2
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (10, 0)
+    chunks = list(write(ask, count=0, echo=True, stream=True))
+    assert [(chunk.choices[0].text, chunk.choices[0].finish_reason) for chunk in chunks] == [("hello", "length")]
+    with pytest.raises(openai.BadRequestError, match="without echo") as error:
+        write(ask, count=0)
+    assert error.value.param == "max_tokens"
+
+
 def test_a_completion_streams(ask):
     chunks = list(write(ask, stream=True, stream_options={"include_usage": True}))
     assert "".join(one.text for chunk in chunks for one in chunk.choices) == write(ask).choices[0].text
@@ -259,6 +271,25 @@ def test_a_schema_that_cannot_be_kept_is_refused(ask, schema):
     assert error.value.param == "response_format"
 
 
+@pytest.mark.parametrize("param", ["response_format", "tools"])
+def test_a_schema_that_cannot_be_followed_any_further_is_the_requests_fault(server, ask, param):
+    """A pattern that a trial finds nothing wrong with, and that comes to too much after seventy letters."""
+    letter, = server.engine.words("a", add_special_tokens=False)["input_ids"]
+    schema = {"type": "string", "pattern": "^(a{1,50}b?){1,200}c$"}
+    form = {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": schema}}}
+    if param == "tools":
+        tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}, "required": ["a"]}}
+        form = {"tools": [{"type": "function", "function": tool}], "tool_choice": "required"}
+    settings = form | {"logit_bias": {str(letter): 100}}
+    with pytest.raises(openai.BadRequestError, match="cannot be followed") as error:
+        chat(ask, 300, **settings)
+    assert (error.value.param, error.value.code) == (param, "form_error")
+    with pytest.raises(openai.APIError, match="cannot be followed") as error:
+        list(chat(ask, 300, stream=True, **settings))
+    assert (error.value.param, error.value.code) == (param, "form_error")
+    assert ask.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2) and idle(server)
+
+
 # ---- tools --------------------------------------------------------------------------------------------------------
 
 TOOLS = [{"type": "function", "function": {"name": name, "description": "of a city", "parameters": SCHEMA}}
@@ -292,6 +323,36 @@ def test_tools_that_need_not_be_called_leave_text_as_it_is(ask):
     assert none.choices[0].message.content == chat(ask).choices[0].message.content
     free = chat(ask, tools=TOOLS).choices[0]
     assert free.finish_reason == "length" and free.message.content and not free.message.tool_calls
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_with_tools_and_a_schema_an_answer_is_a_call_or_follows_the_schema(server, ask, stream):
+    """The likeliest letter decides which: { begins JSON, < a call's mark."""
+    schema = {"type": "object", "properties": {"done": {"type": "boolean"}}, "required": ["done"]}
+    format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema | {"additionalProperties": False}}}
+    found = []
+    for letter in "{<":
+        token, = server.engine.words(letter, add_special_tokens=False)["input_ids"]
+        answer = chat(ask, 300, tools=TOOLS, parallel_tool_calls=False, response_format=format, stream=stream,
+                      logit_bias={str(token): 50})
+        if not stream:
+            message = answer.choices[0].message
+            calls = [(one.function.name, one.function.arguments) for one in message.tool_calls or []]
+            found.append((message.content, calls, answer.choices[0].finish_reason))
+            continue
+        chunks = [chunk.choices[0] for chunk in answer]
+        pieces = [one.function for chunk in chunks for one in chunk.delta.tool_calls or []]
+        calls = [(pieces[0].name, "".join(one.arguments for one in pieces))] if pieces else []
+        found.append(("".join(chunk.delta.content or "" for chunk in chunks) or None, calls, chunks[-1].finish_reason))
+    (text, none, stop), (nothing, ((name, arguments),), called) = found
+    assert (none, stop, nothing, called) == ([], "stop", None, "tool_calls")
+    assert isinstance(json.loads(text)["done"], bool) and name in ("weather", "news")
+    assert json.loads(arguments).keys() == {"city", "warm"}
+
+
+def test_a_call_that_must_come_leaves_no_place_for_a_schema(ask):
+    with pytest.raises(openai.BadRequestError, match="tool_choice asks for a call; leave response_format or tools out"):
+        chat(ask, tools=TOOLS, tool_choice="required", response_format={"type": "json_object"})
 
 
 @pytest.mark.parametrize("wrong", [{"tools": [{"type": "function"}]}, {"tools": TOOLS, "tool_choice": "often"},
@@ -370,6 +431,13 @@ def test_addresses_and_methods_that_are_none(server):
                                      ("POST", "/v1/models", 405), ("DELETE", "/health", 405)):
             answer = plain.request(method, path)
             assert answer.status_code == status and answer.json()["error"]["message"], (method, path)
+
+
+def test_responses_say_what_to_ask_instead(ask):
+    for call in (lambda: ask.responses.create(model="tiny", input="hello"), lambda: ask.responses.retrieve("resp_1")):
+        with pytest.raises(openai.NotFoundError, match="POST /v1/chat/completions") as error:
+            call()
+        assert error.value.code == "unknown_url"
 
 
 # ---- many at once -------------------------------------------------------------------------------------------------

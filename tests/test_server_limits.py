@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -18,6 +19,8 @@ from server_clients import HELLO, begun, client, http, idle, raw, serving, tiny
 import llmlab
 from llmlab.cli import main
 from llmlab.errors import LabError
+from llmlab.runtime import constraining
+from llmlab.runtime.sampling import Chooser
 from llmlab.server import Limits
 from llmlab.server.app import app_of
 from llmlab.server.limits import Gate
@@ -102,6 +105,55 @@ def test_more_requests_than_may_wait(path):
         assert idle(server)
         assert plain.post("/v1/chat/completions", json=LONG | {"max_tokens": 2}).status_code == 200
         assert plain.post("/v1/chat/completions", json=LONG | {"n": 3}).status_code == 400
+
+
+def test_requests_with_schemas_do_not_hold_up_the_others(tmp_path_factory, monkeypatch):
+    """However long the forms of some take to be tried: who asks for none is answered meanwhile."""
+    run, begun_, go = constraining.subprocess.run, threading.Semaphore(0), threading.Event()
+
+    def waits(*given, **more):
+        begun_.release()
+        assert go.wait(60)
+        return run(*given, **more)
+
+    path = tiny(tmp_path_factory, **{"llama.context_length": 2048})        # tools are described, in tokens of one letter
+    with serving(path) as server, http(server) as plain, ThreadPoolExecutor(6) as pool:
+        monkeypatch.setattr(constraining.subprocess, "run", waits)
+        schema = {"type": "object", "properties": {"held up": {"type": "integer"}}}
+        format = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        tools = [{"type": "function", "function": {"name": "a", "parameters": schema}}]
+        heavy = [pool.submit(plain.post, "/v1/chat/completions", json=LONG | {"max_tokens": 2} | form)
+                 for form in ({"response_format": format}, {"tools": tools, "tool_choice": "required"}) * 3]
+        try:
+            assert begun_.acquire(timeout=30) and begun_.acquire(timeout=30)
+            for _ in range(3):
+                answer = plain.post("/v1/chat/completions", json=LONG | {"max_tokens": 2})
+                assert answer.status_code == 200
+        finally:
+            go.set()
+        assert [one.result(60).status_code for one in heavy] == [200] * 6
+
+
+def test_choosers_are_made_once_and_not_where_everyone_waits(path, monkeypatch):
+    """A bias of a whole vocabulary for many answers takes a while: not in the thread of the event loop."""
+    made, init, fork = [], Chooser.__init__, Chooser.fork
+
+    def init_seen(self, *given, **more):
+        made.append(("made", threading.current_thread().name))
+        init(self, *given, **more)
+
+    def fork_seen(self):
+        made.append(("forked", threading.current_thread().name))
+        return fork(self)
+
+    monkeypatch.setattr(Chooser, "__init__", init_seen)
+    monkeypatch.setattr(Chooser, "fork", fork_seen)
+    with serving(path) as server, http(server) as plain:
+        answer = plain.post("/v1/chat/completions", json=LONG | {"n": 5, "max_tokens": 2, "temperature": 1, "logit_bias": {
+            str(token): -1 for token in range(259)}})
+        assert len(answer.json()["choices"]) == 5
+    assert [what for what, _ in made] == ["made"] + ["forked"] * 5
+    assert all(thread.startswith("llmlab-preparing") for _, thread in made)
 
 
 # ---- clients that go away -----------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ import vocabularies
 
 from llmlab.errors import LabError
 from llmlab.gguf import read_gguf
+from llmlab.runtime import constraining
 from llmlab.runtime.sampling import Chooser, Options, Words
 from llmlab.server.calls import Reader, _Scan
 from llmlab.server.dialects import ALL, FUNCTIONARY, HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, QWEN_CODER
 from llmlab.server.refusals import Refusal
-from llmlab.server.tools import conversation_tokens, known_dialect, tools_of
+from llmlab.server.tools import Answer, conversation_tokens, known_dialect, tools_of
 from llmlab.vocabulary import words_of
 
 WEATHER = {"type": "object", "required": ["city"], "additionalProperties": False, "properties": {
@@ -340,9 +341,9 @@ def test_every_letter_is_looked_at_once(dialect, begin, monkeypatch):
 # ---- calls that must be ------------------------------------------------------------------------------------
 
 
-def answered(words, tools, seed=0, most=250, begin=""):
+def answered(words, tools, seed=0, most=250, begin="", answer=None):
     """What random logits say under the tools' mask, read: (reader, whether it ended)."""
-    choose = Chooser(Options(temperature=1.0, top_k=0, top_p=1, min_p=0, seed=seed), mask=tools.mask(words))
+    choose = Chooser(Options(temperature=1.0, top_k=0, top_p=1, min_p=0, seed=seed), mask=tools.mask(words, answer))
     reader, numbers = tools.reader(words), torch.Generator().manual_seed(seed)
     likely = [words(one, add_special_tokens=False)["input_ids"][-1] for one in '"}],1']
     pieces, forced = Words(words, [0]), words(begin, add_special_tokens=False)["input_ids"]
@@ -410,6 +411,31 @@ def test_a_call_that_the_model_begins_is_held_to_its_schema(words, name, begin):
     assert done
 
 
+@pytest.mark.parametrize("name", [name for name, (_, dialect) in TEMPLATES.items() if dialect is not LLAMA])
+def test_an_answer_is_a_call_or_of_the_form_that_was_asked_for(words, name):
+    """From its first token on; which of the two the logits decide, here by what they begin with."""
+    begin = {"mistral": "[TOOL_CALLS]", "mistral-args": "[TOOL_CALLS]", "functionary": "<function="}.get(name, "<tool_call>")
+    for text, calls in ((begin, True), ("{", False)):
+        done = 0
+        for seed in range(3):
+            reader, ended = answered(words[name], tools_of(TOOLS, several=False), seed, begin=text, answer=Answer(ADD))
+            if ended and calls:
+                check(reader, set(SCHEMAS), 1)
+            elif ended:
+                assert not reader.calls
+                jsonschema.validate(json.loads(reader.content), ADD)
+            done += ended
+        assert done, text
+
+
+def test_an_answer_that_looks_like_a_call_cannot_be_asked_for_beside_calls(words):
+    with pytest.raises(Refusal, match="this model's calls are JSON too") as refused:
+        tools_of(TOOLS).mask(words["llama"], Answer(ADD))
+    assert refused.value.status == 400 and "response_format" in str(refused.value) and "tools" in str(refused.value)
+    with pytest.raises(Refusal, match="tool_choice asks for a call"):
+        tools_of(TOOLS, "required").mask(words["qwen"], Answer(ADD))
+
+
 def test_text_is_free_where_calls_may_be(words):
     mask = tools_of(TOOLS).mask(words["qwen"])
     for token in words["qwen"]("the quick {brown} [fox]", add_special_tokens=False)["input_ids"]:
@@ -471,6 +497,63 @@ def test_a_strict_schema_must_be_one_that_can_be_followed(words):
         assert refused.value.param == "tools[0].function.parameters"
         reader, ended = answered(words["qwen"], tools_of(function(parameters=schema), "required", False), seed=1)
         assert not ended or isinstance(json.loads(reader.calls[0]["function"]["arguments"]), dict)
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """The processes that were started."""
+    run, found = constraining.subprocess.run, []
+
+    def counted(*given, **more):
+        found.append(given)
+        return run(*given, **more)
+
+    monkeypatch.setattr(constraining.subprocess, "run", counted)
+    return found
+
+
+def many(count, name, **fields):
+    """So many tools whose schemas no other test has tried."""
+    return [{"type": "function", "function": {"name": f"f{at}", "parameters": {
+        "type": "object", "properties": {f"{name}{at}": {"type": "integer"}}}} | fields} for at in range(count)]
+
+
+def test_many_tools_are_tried_in_one_process(words, trials):
+    assert tools_of(many(100, "one")).mask(words["qwen"]) and len(trials) == 1
+    assert tools_of(many(100, "two")).mask(words["qwen"], Answer(ADD)) and len(trials) == 2
+
+
+def test_of_many_tools_that_cannot_all_be_followed_each_is_tried_once_more_in_one(words, trials):
+    hopeless = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=y)"}}}
+    tools = many(60, "three")
+    tools[7]["function"]["parameters"] = tools[50]["function"]["parameters"] = hopeless
+    mask = tools_of(tools, "required", False)
+    reader, _ = answered(words["qwen"], mask, most=400)
+    assert len(trials) == 3 and not reader.content         # all, each, and all with any object in two places
+    tools[50]["function"]["strict"] = True
+    with pytest.raises(Refusal, match="look-around") as refused:
+        tools_of(tools).mask(words["qwen"])
+    assert refused.value.param == "tools[50].function.parameters"
+    named = {"type": "function", "function": {"name": "f50"}}
+    with pytest.raises(Refusal) as refused:
+        tools_of(tools, named).mask(words["qwen"])
+    assert refused.value.param == "tools[50].function.parameters"
+    with pytest.raises(Refusal, match="look-around") as refused:
+        tools_of(many(3, "four")).mask(words["qwen"], Answer(hopeless))
+    assert refused.value.param == "response_format"
+
+
+def test_tools_that_are_too_much_are_refused_after_few_processes(words, trials):
+    """More than their description may be together, or more than a trial has time for."""
+    doubling = {"allOf": [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrstuvwxyz!"]}
+    tools = [one | {"function": one["function"] | {"strict": True, "parameters": {
+        "type": "object", "properties": {"a": doubling}}}} for one in many(30, "five")]
+    with pytest.raises(Refusal, match="too much time or memory") as refused:
+        tools_of(tools, "required").mask(words["qwen"])
+    assert refused.value.status == 400 and refused.value.param == "tools[0].function.parameters" and len(trials) <= 3
+    long = [{"type": "function", "function": {"name": f"f{at}", "description": "x" * 2000}} for at in range(100)]
+    with pytest.raises(Refusal, match=r"tools are 2\d\d,\d{3} characters of JSON; up to 200,000 are read"):
+        tools_of(long)
 
 
 def test_every_dialect_is_tested():

@@ -1,6 +1,7 @@
 """The endpoints: what is asked, answered by the engine, in OpenAI's words; every error an error object, never a stack trace."""
 
 import asyncio
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -14,14 +15,16 @@ from starlette.types import ASGIApp
 
 from ..errors import LabError
 from . import metrics
-from .asking import Question, question_of
+from .asking import Question, has_form, question_of
 from .bodies import body_of, object_of
 from .guarding import Guard
-from .protocol import Chat, Completion, request_of
+from .protocol import Asked, Chat, Completion, request_of
 from .refusals import Refusal
 from .service import READY, Service
 from .streaming import Events, Gone, unless_gone
 from .talking import Talk, outcome_of
+
+_RESPONSES = re.compile(r"/v1/responses(/|$)")      # not 501: OpenAI's clients ask again after whatever is above 499
 
 
 def app_of(service: Service, host: str, key: str | None = None, hosts: tuple[str, ...] = (),
@@ -45,8 +48,9 @@ async def _refused(request: Request, error: Refusal) -> Response:
 
 
 async def _no_such(request: Request, error: HTTPException) -> Response:
-    said = {404: "There is nothing at this address; the API begins at /v1.",
-            405: "This address takes another method."}.get(error.status_code, str(error.detail))
+    nothing = ("OpenAI's Responses are not served here; ask POST /v1/chat/completions." if _RESPONSES.match(request.url.path)
+               else "There is nothing at this address; here are /v1/chat/completions, /v1/completions and /v1/models.")
+    said = {404: nothing, 405: "This address takes another method."}.get(error.status_code, str(error.detail))
     return await _refused(request, Refusal(said, error.status_code, code="unknown_url", headers=error.headers))
 
 
@@ -60,7 +64,9 @@ class Endpoints:
     def __init__(self, service: Service):
         self.service = service
         # Templates and tokenizers take milliseconds, long prompts seconds: others must not wait for them, nor take all cores.
+        # A form that strangers wrote may take longer still: who asks for none does not stand behind those who do.
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="llmlab-preparing")
+        self._forming = ThreadPoolExecutor(2, thread_name_prefix="llmlab-forming")
 
     async def health(self, request: Request) -> Response:
         stands = self.service.stands
@@ -93,8 +99,9 @@ class Endpoints:
         try:
             self.service.check()
             with self.service.gate.reading():           # before the body is read: it takes memory, and time to understand
-                body = await body_of(request, self.service.limits)
-                question = await asyncio.get_running_loop().run_in_executor(self._preparing, self._question, kind, body)
+                body, run = await body_of(request, self.service.limits), asyncio.get_running_loop().run_in_executor
+                asked = await run(self._preparing, self._asked, kind, body)
+                question = await run(self._forming if has_form(asked) else self._preparing, self._question, asked)
             self.service.check()            # it may have been told to stop meanwhile
             talk = Talk(self.service, endpoint, question)
         except Refusal as refusal:
@@ -109,16 +116,16 @@ class Endpoints:
         finally:
             talk.close()
 
-    def _question(self, kind: type, body: bytes) -> Question:
-        """In a thread: everything about a request that takes time before the engine sees it."""
+    # ---- in a thread: everything about a request that takes time before the engine sees it ---------------------------
+
+    def _asked(self, kind: type, body: bytes) -> Asked:
         asked = request_of(kind, object_of(body))
         self._check_name(asked.model)
-        engine, limits = self.service.engine, self.service.limits
+        return asked
+
+    def _question(self, asked: Asked) -> Question:
+        engine, most = self.service.engine, min(self.service.limits.choices, self.service.gate.room)
         try:
-            question = question_of(asked, engine.words, engine.longest)
+            return question_of(asked, engine.words, engine.longest, most)
         except LabError as error:
             raise Refusal(f"{error}") from None
-        if question.answers > min(limits.choices, self.service.gate.room):
-            raise Refusal(f"The request asks for {question.answers} answers, and this server gives "
-                          f"{min(limits.choices, self.service.gate.room)} at once.", param="n")
-        return question

@@ -1,29 +1,28 @@
 """From a checked request to what the engine takes: prompts in tokens, options, the form an answer must have."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..errors import LabError
-from ..runtime.constraining import constraint
+from ..runtime.constraining import ANY_OBJECT, constraint
 from ..runtime.generating import prompt_tokens
 from ..runtime.sampling import Chooser, Constraint, Options
 from .protocol import Asked, Chat, Completion, Message
 from .refusals import Refusal, too_long
-from .tools import Tools, conversation_tokens, tools_of
+from .tools import Answer, Tools, conversation_tokens, tools_of
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a request asks of the engine. prompts: in tokens; texts: as they were given, for `echo`; choices: answers to each.
-    logprobs: how many of the likeliest tokens beside each (None: no chances at all). form: what answers must be. tools: what
-    they may call. asked: the request itself."""
+    """What a request asks of the engine. prompts: in tokens; texts: as they were given, for `echo`; choosers: of each prompt
+    one for each answer. logprobs: how many of the likeliest tokens beside each (None: no chances at all). tools: what answers
+    may call. asked: the request itself."""
 
     asked: Asked
     prompts: tuple[list[int], ...]
     texts: tuple[str, ...]
     options: Options
-    bias: dict[int, float]
+    choosers: tuple[list[Chooser], ...]
     logprobs: int | None = None
-    form: Constraint | None = None
     tools: Tools | None = None
 
     @property
@@ -35,17 +34,27 @@ class Question:
         """How many there will be of all prompts."""
         return self.choices * len(self.prompts)
 
-    def chooser(self, choice: int) -> Chooser:
-        """For one answer. With a seed each choice draws by its own: the seed, the next, and so on."""
-        seed = self.options.seed
-        options = self.options if seed is None else replace(self.options, seed=(seed + choice) % 2**63)
-        return Chooser(options, mask=self.form and self.form.fork(), bias=self.bias,
-                       presence_penalty=self.asked.presence_penalty, frequency_penalty=self.asked.frequency_penalty)
+    @property
+    def holding(self) -> str:
+        """The parameter that holds answers to a form."""
+        return "response_format" if _has_format(self.asked) else "tools"
 
 
-def question_of(asked: Asked, words, context: int) -> Question:
-    """What `asked` comes to, for a tokenizer and so many tokens of context. Raises Refusal, naming the parameter."""
+def has_form(asked: Asked) -> bool:
+    """Whether answers are held to a form, which may take a second to make out."""
+    return _has_format(asked) or bool(isinstance(asked, Chat) and asked.tools)
+
+
+def _has_format(asked: Asked) -> bool:
+    return asked.response_format is not None and asked.response_format.type != "text"
+
+
+def question_of(asked: Asked, words, context: int, most: int) -> Question:
+    """What `asked` comes to, for a tokenizer, so many tokens of context, and up to `most` answers. Raises Refusal, naming the
+    parameter."""
     chat = isinstance(asked, Chat)
+    if (answers := asked.n * (1 if chat else len(asked.prompt))) > most:
+        raise Refusal(f"The request asks for {answers} answers, and this server gives {most} at once.", param="n")
     tools = tools_of(asked.tools, asked.tool_choice, asked.parallel_tool_calls) if chat else None
     prompts, texts = _conversation(asked, words, tools) if chat else _texts(asked, words)
     for tokens in prompts:
@@ -55,13 +64,15 @@ def question_of(asked: Asked, words, context: int) -> Question:
     if not chat and asked.echo and logprobs is not None:
         raise Refusal("logprobs of an echoed prompt are not computed here; leave echo or logprobs out.", param="echo",
                       code="unsupported_parameter")
-    form = _form(asked, words)
-    if form is not None and tools is not None and tools.forced:
-        raise Refusal("response_format is for answers, and tool_choice asks for a call; leave one of them out.",
-                      param="response_format")
-    if form is None and tools is not None:
-        form = tools.mask(words)
-    return Question(asked, prompts, texts, _options(asked), _bias(asked, len(words)), logprobs, form, tools)
+    if not chat and asked.max_tokens == 0 and not asked.echo:
+        raise Refusal("max_tokens is 0, and without echo that asks for nothing; give 1 at least.", param="max_tokens",
+                      code="invalid_value")
+    options = _options(asked)
+    # Made here, in a thread, once for all of them: a bias of a whole vocabulary takes a while.
+    chooser = Chooser(options, mask=_form(asked, words, tools), bias=_bias(asked, len(words)),
+                      presence_penalty=asked.presence_penalty, frequency_penalty=asked.frequency_penalty)
+    choosers = tuple(chooser.several(asked.n) for _ in prompts)
+    return Question(asked, prompts, texts, options, choosers, logprobs, tools)
 
 
 def _texts(asked: Completion, words) -> tuple[tuple[list[int], ...], tuple[str, ...]]:
@@ -125,6 +136,7 @@ def _options(asked: Asked) -> Options:
     if isinstance(asked, Chat) and asked.max_completion_tokens is not None:
         most = asked.max_completion_tokens
     seed = None if asked.seed is None else asked.seed % 2**63
+    most = most or None         # 0 is no limit of a text's: nothing is asked of the engine then
     return Options(temperature=asked.temperature, top_k=asked.top_k, top_p=max(asked.top_p, 1e-6), min_p=asked.min_p,
                    repeat_penalty=asked.repeat_penalty, seed=seed, max_tokens=most, stop=tuple(asked.stop))
 
@@ -139,15 +151,22 @@ def _bias(asked: Asked, many: int) -> dict[int, float]:
     return bias
 
 
-def _form(asked: Asked, words) -> Constraint | None:
-    format = asked.response_format
-    if format is None or format.type == "text":
-        return None
-    if format.type == "json_schema" and (format.json_schema is None or format.json_schema.schema_ is None):
-        raise Refusal("response_format of type json_schema needs json_schema with a schema.", param="response_format")
+def _form(asked: Asked, words, tools: Tools | None) -> Constraint | None:
+    answer = _answer(asked)
+    if tools is not None:
+        return tools.mask(words, answer)
     try:
-        if format.type == "json_object":
-            return constraint(words, "json")
-        return constraint(words, format.json_schema.schema_, lenient=not format.json_schema.strict)
+        return answer and constraint(words, answer.schema, lenient=answer.lenient)
     except LabError as error:
         raise Refusal(f"{error}", param="response_format") from None
+
+
+def _answer(asked: Asked) -> Answer | None:
+    if not _has_format(asked):
+        return None
+    if asked.response_format.type == "json_object":
+        return Answer(ANY_OBJECT)
+    given = asked.response_format.json_schema
+    if given is None or given.schema_ is None:
+        raise Refusal("response_format of type json_schema needs json_schema with a schema.", param="response_format")
+    return Answer(given.schema_, not given.strict)

@@ -48,12 +48,14 @@ QWEN_CODER = Dialect("qwen-coder", "<tool_call>", re.compile(r"\s*<function=(?P<
 ALL = (HERMES, QWEN_CODER, MISTRAL, MISTRAL_ARGS, FUNCTIONARY, LLAMA)
 
 
-def grammar(dialect: Dialect, schemas: Mapping[str, Mapping], special: Mapping[str, int], several: bool, opened: bool) -> str:
+def grammar(dialect: Dialect, schemas: Mapping[str, Mapping], special: Mapping[str, int], several: bool, opened: bool,
+            answer: Mapping | None = None) -> str:
     """Calls in a dialect, for llguidance, in its form of Lark's language.
 
     schemas: of the arguments, by the tool's name. special: tokens by their text that are no part of a text. several: more than
-    one call may come. opened: the opening (of Llama's: up to the name) was written already. Qwen3-Coder's are written as
-    Hermes' are: its own marks hold values that are no JSON.
+    one call may come. opened: the opening (of Llama's: up to the name) was written already. answer: the schema of JSON that may
+    come instead of calls; not in Llama's, whose calls begin as any JSON does. Qwen3-Coder's are written as Hermes' are: its own
+    marks hold values that are no JSON.
     """
     def mark(text: str) -> str:
         return f"<[{special[text]}]>" if text in special else json.dumps(text, ensure_ascii=False)
@@ -72,6 +74,9 @@ def grammar(dialect: Dialect, schemas: Mapping[str, Mapping], special: Mapping[s
         start = first + one + (f' ("\\n" {opening}{one})*' if many else "")
     else:
         start = f"{first}call" + (f" ({opening}call)*" if many else "")
+    if answer is not None:
+        rules += [f"calls: {start}", f"answer: %json {json.dumps(answer)}"]
+        start = "calls | answer"
     return "\n".join([f"start: {start}", *rules])
 
 

@@ -132,7 +132,7 @@ class Completion(Asked):
     """POST /v1/completions. A prompt that is left out would be OpenAI's <|endoftext|>; here there must be one."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), Field(max_length=128)]
-    max_tokens: int | None = Field(default=16, ge=1, le=2**31 - 1)
+    max_tokens: int | None = Field(default=16, ge=0, le=2**31 - 1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
 

@@ -5,7 +5,8 @@ from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 
 from ..errors import LabError
-from ..runtime.jobs import Answer, Event
+from ..runtime.constraining import FormError
+from ..runtime.jobs import Answer, Event, Job
 from .answering import Reply
 from .asking import Question
 from .feeding import Feed
@@ -50,9 +51,10 @@ class Talk:
     def _jobs(self) -> list:
         """The engine asked; it reads a prompt once for all of its choices."""
         question, jobs = self._question, []
+        if question.asked.max_tokens == 0:
+            return [_echoed(prompt) for prompt in question.prompts for _ in range(question.choices)]
         try:
-            for prompt in question.prompts:
-                choosers = [question.chooser(choice) for choice in range(question.choices)]
+            for prompt, choosers in zip(question.prompts, question.choosers, strict=True):
                 jobs += self._service.engine.submit_several(prompt, question.choices, question.options, choosers=choosers,
                                                             logprobs=question.logprobs)
         except LabError as error:
@@ -113,7 +115,16 @@ class Talk:
         return answer
 
     def _broken(self, error: Exception) -> Refusal:
+        if isinstance(error, FormError):        # the model may write nothing more of it: what was asked for is at fault
+            return Refusal(f"{error}", param=self._question.holding, code="form_error")
         if isinstance(error, LabError) and error.__cause__ is None:     # else it quotes what is nobody's outside
             return Refusal(f"{error}", 500)
         _log.error("an answer failed", exc_info=error)
         return Refusal("The engine failed over this answer; the server's log says how.", 500)
+
+
+def _echoed(prompt: list[int]) -> Job:
+    """One that has nothing to do: the prompt is all that was asked for."""
+    job = Job(lambda job: None)
+    job.end(Answer("", (), "limit", len(prompt), 0, None, 0.0))
+    return job

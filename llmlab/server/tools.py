@@ -11,10 +11,11 @@ import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import LabError
-from ..runtime.constraining import ANY_OBJECT, LONGEST, SPACES, Later, constraint, grammar_of
+from ..runtime.constraining import ANY_OBJECT, LONGEST, SPACES, Form, Later, constraint, faults
 from ..runtime.generating import has_template, prompt_tokens
 from ..runtime.sampling import Constraint
 from ..vocabulary.chats import template_of
@@ -48,6 +49,19 @@ class Tool:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """JSON that an answer must be where it calls nothing: OpenAI's response_format. lenient: keywords that cannot be followed
+    are passed over."""
+
+    schema: Mapping
+    lenient: bool = False
+
+    @property
+    def written(self) -> dict:
+        return _written(self.schema, self.lenient)
+
+
+@dataclass(frozen=True)
 class Tools:
     """The tools of a request. choice: "auto", "required", or the name of the one that must be called. several: more than one
     call may come (OpenAI's parallel_tool_calls)."""
@@ -65,22 +79,51 @@ class Tools:
     def forced(self) -> bool:
         return self.choice != "auto"
 
-    def mask(self, words) -> Constraint | None:
+    def mask(self, words, answer: Answer | None = None) -> Constraint | None:
         """What holds an answer to the tools: calls from the first token on where one must come; for "auto" nothing until the
-        dialect's opening is written, and from there on a call. None where nothing can (Qwen3-Coder's dialect, by itself). One
-        for each answer: fork it. Raises Refusal for a schema that cannot be followed."""
+        dialect's opening is written, and from there on a call. `answer`: from the first token on calls, or JSON of that form.
+        None where nothing can (Qwen3-Coder's dialect, by itself). One for each answer: fork it. Raises Refusal for a schema
+        that cannot be followed, and for an `answer` that could not be told from a call."""
         dialect = known_dialect(words) or HERMES
-        if dialect is QWEN_CODER and not self.forced:
+        if dialect is QWEN_CODER and not self.forced and answer is None:
             return None
-        schemas = {tool.name: _schema(tool, at) for at, tool in enumerate(self.offered)}
-        several, special = self.several and self.choice in ("auto", "required"), _special(words, dialect)
+        if answer is not None and (self.forced or not dialect.opening):
+            why = "tool_choice asks for a call" if self.forced else "this model's calls are JSON too, without a mark before it"
+            raise Refusal(f"response_format is for answers that are no calls, and {why}; leave response_format or tools out.",
+                          param="response_format")
+        written = partial(grammar, dialect, special=_special(words, dialect), opened=not self.forced and answer is None,
+                          several=self.several and self.choice in ("auto", "required"), answer=answer and answer.written)
+        schemas = {tool.name: _written(tool.parameters, not tool.strict) for tool in self.offered}
+
+        def made(schemas: Mapping[str, Mapping]) -> Form:
+            try:
+                return constraint(words, written(schemas=schemas), "lark")
+            except LabError as error:
+                raise Refusal(f"tools{' and response_format' if answer else ''}: {error}", param="tools") from None
+
+        try:                            # all at once: a trial takes a process
+            form = made(schemas)
+        except Refusal:
+            if not (loosened := self._loosened(answer)):
+                raise
+            form = made(schemas | loosened)
+        if self.forced or answer is not None:
+            return form
         opening = re.compile(re.escape(dialect.opening).encode())
-        start, fed = _STARTS.get(dialect, (opening, b""))
-        try:
-            form = constraint(words, grammar(dialect, schemas, special, several, not self.forced), "lark")
-        except LabError as error:
-            raise Refusal(f"{error}", param="tools") from None
-        return form if self.forced else Later(words, form, start, fed)
+        return Later(words, form, *_STARTS.get(dialect, (opening, b"")))
+
+    def _loosened(self, answer: Answer | None) -> dict[str, Mapping]:
+        """Of tools whose schema cannot be followed, and need not be: any object. Raises Refusal for one that must be."""
+        tools = self.offered
+        asked = [(tool.parameters, not tool.strict) for tool in tools] + ([(answer.schema, answer.lenient)] if answer else [])
+        wrong = faults(asked)
+        for tool, fault in zip(tools, wrong, strict=False):
+            if fault and tool.strict:
+                place = f"tools[{self.tools.index(tool)}].function.parameters"
+                raise Refusal(f"{place}: {fault}", param=place)
+        if answer and wrong[-1]:
+            raise Refusal(wrong[-1], param="response_format")
+        return {tool.name: _written(ANY_OBJECT, True) for tool, fault in zip(tools, wrong, strict=False) if fault}
 
     def reader(self, words) -> Reader:
         """What reads one answer."""
@@ -205,17 +248,9 @@ def _tool(given: Any, place: str) -> Tool:
     return Tool(name, {"type": "object"} | dict(schema), about or None, bool(strict))
 
 
-def _schema(tool: Tool, at: int) -> dict:
-    """A tool's schema as the grammar takes it. Where it is not strict and cannot be followed, any object is."""
-    try:
-        grammar_of(tool.parameters, lenient=not tool.strict)
-        found = tool.parameters
-    except LabError as error:
-        if tool.strict:
-            place = f"tools[{at}].function.parameters"
-            raise Refusal(f"{place}: {error}", param=place) from None
-        found = ANY_OBJECT
-    return dict(found) | {"x-guidance": {"lenient": not tool.strict, "whitespace_pattern": SPACES}}
+def _written(schema: Mapping, lenient: bool) -> dict:
+    """A schema as it stands in a grammar."""
+    return dict(schema) | {"x-guidance": {"lenient": lenient, "whitespace_pattern": SPACES}}
 
 
 def _special(words, dialect: Dialect) -> dict[str, int]:
