@@ -10,7 +10,7 @@ from ..shapes import ModelSpec
 from ..simulating import Load, Serving, Simulation
 from ..workloads import SHAREGPT, Arrival, shared_prefix
 
-SCALE = 0.06                 # of ShareGPT's lengths: some seconds on a processor
+SCALE = 0.05                 # of ShareGPT's lengths: some seconds on a processor
 SEED = 3
 ROWS = 256                   # tokens of a step at most
 KV = "f32"                   # what the engine keeps keys and values in

@@ -7,7 +7,7 @@ from ..simulating import Beside, Simulation
 from ..units import format_seconds
 from .offload_figures import logarithmic
 from .serving_run import KEPT, PREEMPTED, QUEUED, READING, WRITING, Frame, Held, Ran, tail
-from .serving_state import NAMES, Point
+from .serving_state import NAMES, Point, point_of
 from .style import BLUE, FAINT, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW, layout
 
 REQUESTS = (BLUE, ORANGE, GREEN, RED, PINK, "#882255", "#44AA99", "#999933")     # the ninth begins again with the first
@@ -138,8 +138,7 @@ def race_picture(race: Mapping[str, Ran], beside: Sequence[Beside] = ()) -> dict
 
 def points_of(runs: Mapping[int, Simulation]) -> list[Point]:
     """Runs by how many were at once, as points."""
-    return [Point(n, run.tokens_per_second, run.percentile("each", 50), run.mean("first_seconds"), run.mean("normalized"),
-                  run.over_time("running"), run.wasted_share) for n, run in runs.items()]
+    return [point_of(run, n, steady=False) for n, run in runs.items()]
 
 
 def people_picture(curve: Sequence[tuple[Point, Point, Point]], found: Sequence[Point] = (), now: Point | None = None,

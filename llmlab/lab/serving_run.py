@@ -17,6 +17,7 @@ from ..runtime.decoder import Decoder
 from ..runtime.engine import Engine, View
 from ..runtime.generating import Options
 from ..runtime.jobs import Answer, Job
+from ..runtime.paged import block_bytes
 from ..runtime.scheduling import POLICIES
 from ..simulating import Beside, Fitted, Serving, Simulation, beside_measured, learnt, measured
 from ..units import format_seconds
@@ -92,7 +93,8 @@ class ServingRun(Background):
     {True, False: Ran} a prompt that all begin with, kept once or not; `card` is what was simulated of a card.
 
     `start()` returns at once, `run()` waits and returns the answer; so do `start_race` and `run_race`, `start_load` and
-    `run_load`, `start_sharing` and `run_sharing`, `start_card` and `run_card`. `end()` ends what is under way. Raises LabError for what cannot be served.
+    `run_load`, `start_sharing` and `run_sharing`, `start_card` and `run_card`. `end()` ends what is under way. Raises LabError
+    for what cannot be served.
     """
 
     frame = t.Instance(Frame, allow_none=True, read_only=True)
@@ -278,8 +280,7 @@ class ServingRun(Background):
     def _simulated(self, there: There) -> None:
         for people in PEOPLE:
             self._say(f"Simulating {people} at once.")
-            there.bands_at(people)
-        there.ways, there.curve                 # kept from here on
+            there.bands_at(people)              # which is kept
         self.set_trait("card", there)
 
     def _show(self, followed: "_Followed") -> None:
@@ -298,7 +299,7 @@ class ServingRun(Background):
             words.stop_ids = ()                 # answers are as long as they are asked for, whatever they say
             self._held = Decoder.open(file), words
         decoder, words = self._held
-        each = self.state.here.each
+        each = block_bytes(decoder.weights.shapes, serving.size, KV)
         with Engine(decoder, words, memory=serving.blocks * each, kv=KV, sequences=serving.sequences, rows=serving.rows,
                     share=serving.share, policy=serving.policy, context=serving.context) as engine:
             yield engine, words

@@ -96,9 +96,9 @@ def _here(policy, requests, rate, prefix, share, sequences, memory) -> Here:
 
 @dataclass(frozen=True)
 class Point:
-    """So many people who each ask again as soon as they have their answer, modelled. tokens: a second, of all of them; each:
-    seconds a token after the first, first: seconds to the first token, medians; normalized: latency over the answer's tokens,
-    mean; running: texts at once, wasted: share of the reserved cache that holds nothing, means over time."""
+    """So many people who each ask again as soon as they have their answer. tokens: a second, of all of them; each: seconds a
+    token after the first, first: seconds to the first token, medians; normalized: latency over the answer's tokens, mean;
+    running, waiting: texts, and wasted: share of the reserved cache that holds nothing, means over time."""
 
     people: int
     tokens: float
@@ -106,7 +106,21 @@ class Point:
     first: float
     normalized: float
     running: float
+    waiting: float
     wasted: float
+
+
+def point_of(run: Simulation, people: int, steady: bool = True) -> Point:
+    """A run in these numbers. steady: throughput and what is held while there is always one who asks next; a run's end, when
+    fewer and fewer are there, is left out."""
+    until = max(one.arrived for one in run.requests) if steady else 0.0
+    kept = [step for step in run.history if step.at < until] or list(run.history)
+    seconds, used = sum(step.seconds for step in kept), sum(step.used * step.seconds for step in kept) * run.size
+    running, waiting, wasted = (sum(getattr(step, what) * step.seconds for step in kept) for what in
+                                ("running", "waiting", "wasted"))
+    tokens = sum(step.logits for step in kept) / seconds if until else run.tokens_per_second
+    return Point(people, tokens, run.percentile("each", 50), run.percentile("first_seconds", 50), run.mean("normalized"),
+                 running / seconds, waiting / seconds, wasted / used if used else 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,9 +183,7 @@ def mixed(mix: str, count: int) -> list[Arrival]:
 @lru_cache(maxsize=4096)
 def point(setup: Setup, mix: str, people: int, way: str, band: str) -> Point:
     """One simulation. Raises LabError."""
-    run = serve(setup, mixed(mix, min(max(32, 3 * people), people + 128)), way, clients=people, band=band)
-    return Point(people, run.tokens_per_second, run.percentile("each", 50), run.percentile("first_seconds", 50),
-                 run.mean("normalized"), run.over_time("running"), run.wasted_share)
+    return point_of(serve(setup, mixed(mix, min(max(32, 3 * people), people + 128)), way, clients=people, band=band), people)
 
 
 def _there(model, card, quant, mix, people) -> There:
@@ -264,7 +276,7 @@ NAMES = {"paged": "paged", "static": "static padded batches", "alone": "one by o
 def there_words(there: There) -> str:
     """What a card does for so many people."""
     low, best, high = there.bands
-    waits = f", of whom {best.running:.0f} run at once and the others wait" if best.running < 0.9 * best.people else ""
+    waits = f", of whom {best.waiting:.0f} wait for room" if best.waiting >= 0.05 * best.people else ""
     return (f"{there.setup.title}, {_people(there.people)} asking{waits}: {best.tokens:,.0f} tokens/s ({low.tokens:,.0f} to "
             f"{high.tokens:,.0f}), {1 / best.each:.0f} for each, the first after {format_seconds(best.first)}; "
             f"{there.times:.1f} times what static padded batches give. Modelled.")
