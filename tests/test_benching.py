@@ -17,6 +17,7 @@ from llmlab.benching import Bench, bench, child, dense, entries, lean, rounds
 from llmlab.benching.children import Child
 from llmlab.benching.result import DECODE, DEEP, PREFILL, Lane
 from llmlab.cli import main
+from llmlab.runtime.decoder import quick_dtype
 from llmlab.shapes import model_spec
 
 
@@ -52,11 +53,12 @@ def test_everyone_runs_in_turn(raced):
 
 def test_who_is_exact_and_who_is_not(raced):
     exact = {lane.name: (lane.kld_prefill, lane.kld_decode) for lane in raced[0].lanes}
-    assert all(abs(kld) < 1e-8 for kld in exact["fast"]), exact["fast"]
+    quick = quick_dtype(torch.device("cpu"))                 # bfloat16 where the processor multiplies it, AVX-512 BF16
+    assert all(abs(kld) < (1e-8 if quick == torch.float32 else 0.05) for kld in exact["fast"]), exact["fast"]
     assert all(1e-8 < kld < 0.05 for kld in exact["bf16"]), exact["bf16"]
     assert min(exact["nf4"]) > 10 * max(exact["bf16"])       # four bits of a few levels lose far more than a shorter fraction
     assert raced[0].scored_on == "128 random tokens"         # the file has no vocabulary
-    assert raced[0].lane("fast").dtype == "float32" and raced[0].lane("bf16").dtype == "bfloat16"
+    assert f"torch.{raced[0].lane('fast').dtype}" == str(quick) and raced[0].lane("bf16").dtype == "bfloat16"
 
 
 def test_what_is_printed_and_kept(raced):

@@ -11,13 +11,13 @@ import pytest
 from llmlab.calibration.disk import drop
 from llmlab.units import GIB, MIB, format_bytes
 
-# Layers of 25 MB in Q8_0, 1.1 GB altogether: a process that has torch in it holds a quarter of a GB before any model is there.
-CONFIG = billion.CONFIG | {"hidden_size": 1280, "num_hidden_layers": 44, "intermediate_size": 5120, "num_attention_heads": 10,
+# Layers of 25 MB in Q8_0, 1.2 GB altogether: a process that has torch in it holds a quarter of a GB before any model is there.
+CONFIG = billion.CONFIG | {"hidden_size": 1280, "num_hidden_layers": 48, "intermediate_size": 5120, "num_attention_heads": 10,
                            "num_key_value_heads": 2, "vocab_size": 259, "max_position_embeddings": 512}
 BUDGET = 96 * MIB        # for everything that the model holds: slots, what stays, KV cache, workspace
-ALLOWED = 344 * MIB      # for the process, Python and torch and all
+ALLOWED = 376 * MIB      # for the process, Python and torch and all: with AVX-512 some 20 MiB more than with AVX2
 TOKENS, CONTEXT = 4, 64
-PROMPT = "One after another"
+PROMPT = "Layer by layer"
 
 
 # What can be typed, a letter each, and words that no merge makes, as GPT-2's byte-level vocabularies spell them.
@@ -35,7 +35,7 @@ VOCABULARY = {
 def file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     if (free := shutil.disk_usage(folder).free) < 3 * GIB:
-        pytest.skip(f"the disk has {format_bytes(free)} free and a model of 1.1 GB is to be written there")
+        pytest.skip(f"the disk has {format_bytes(free)} free and a model of 1.2 GB is to be written there")
     path = billion.write(folder / "large.gguf", "Q8_0", CONFIG, **VOCABULARY)
     yield path
     path.unlink()

@@ -105,7 +105,7 @@ def test_one_token_is_what_a_plain_cache_of_one_text_gives():
         if count == 1:
             q = run.qs[i].mul(PLAIN.scale).view(PLAIN.kv_heads, -1, PLAIN.head_dim)
             wanted = layers.one(q, *run.news[i], PLAIN, None, None).view(1, PLAIN.heads, -1)
-            assert (run.step([i])[i] - wanted).abs().max() < 1e-6 * wanted.abs().max()
+            assert (run.step([i])[i] - wanted).abs().max() < 2e-6 * wanted.abs().max()
 
 
 @pytest.mark.parametrize(("kv", "name", "sinks"), [
