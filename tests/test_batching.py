@@ -164,7 +164,7 @@ def test_rows_are_filled_up_to_what_is_multiplied_alike(tiny):
 def test_few_rows_by_codes_are_the_same_to_the_bit(tiny, monkeypatch, words):
     """Alone, among few and among more than are multiplied by codes, whatever the decoder's own weights are held as."""
     monkeypatch.setattr(few, "COUNTS", (1, 4))
-    monkeypatch.setattr(few, "_is_quicker", lambda both, count, even: count <= 4)
+    monkeypatch.setattr(few, "_quick", lambda *kind: 1 << 1 | 1 << 4)
     decoder, found = opened(tiny("llama", "Q8_0"), compile=words), []
     assert bool(decoder.compiled) == words, decoder.why
     for compile in (False, True):

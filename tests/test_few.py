@@ -10,6 +10,7 @@ from llmlab.runtime import few
 from llmlab.runtime.compiling import NotPackaged
 from llmlab.runtime.few import MOST, Few
 
+MEASURE = few._quick.__wrapped__
 MANY = 64
 SIZES = ((192, 576), (576, 1536), (100, 800))
 
@@ -22,7 +23,7 @@ def even(count):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Codes are quicker, whatever this machine is just doing."""
-    monkeypatch.setattr(few, "_is_quicker", lambda both, count, even: True)
+    monkeypatch.setattr(few, "_quick", lambda *kind: (1 << MOST + 1) - 1)
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +78,22 @@ def test_without_a_compiler_numbers_are_taken(matrices, monkeypatch):
 
 
 def test_what_takes_longer_is_not_used(matrices, monkeypatch):
-    monkeypatch.setattr(few, "_is_quicker", lambda both, count, even: count in (4, 8))
+    monkeypatch.setattr(few, "_quick", lambda *kind: 1 << 4 | 1 << 8)
     made = Few(matrices, even)
     assert made.most == (8 if made.found else 0)
     for both in made.found.values():
         assert list(both.packages) == [4] and both.few(torch.ones(9, both.codes.cols)) is None
         one = both.few(torch.ones(1, both.codes.cols))
         assert torch.equal(one, both.few(torch.ones(7, both.codes.cols))[-1:])
-    monkeypatch.setattr(few, "_is_quicker", lambda both, count, even: False)
+    monkeypatch.setattr(few, "_quick", lambda *kind: 0)
     made = Few(matrices, even)
     assert not made.found and not made.most
+
+
+def test_what_is_quicker_is_measured():
+    """Whatever comes out: numbers of rows that there is code for, without gaps where they go by fours."""
+    found = MEASURE(192, 576, 4, 32, 192)
+    counts = [n for n in range(MOST + 2) if found >> n & 1]
+    assert set(counts) <= set(few._MEASURED)
+    fours = [n for n in counts if n > 4]
+    assert fours == list(few._MEASURED[len(few.COUNTS):][:len(fours)])

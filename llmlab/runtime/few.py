@@ -2,7 +2,7 @@
 
 Few rows are bound by the bytes of the matrix. `kernels.crosswise` reads a fifth of them, and sums in the order in which some
 libraries multiply many rows by numbers. Whether this machine's does so is not known beforehand: every matrix is tried, and one
-whose results differ in any bit, or take longer, is multiplied as numbers for few rows too.
+whose results differ in any bit, or whose kind takes longer, is multiplied as numbers for few rows too.
 """
 
 from collections import defaultdict
@@ -22,6 +22,7 @@ MOST = 16               # rows
 COUNTS = (1, 2, 4)      # of rows that there is code for: three are filled up, more go by fours
 SHARE = 3 / 8           # of the bytes of numbers: what codes take at most
 _FOUR = COUNTS[-1]
+_MEASURED = *COUNTS, *range(2 * _FOUR, MOST + 1, _FOUR)
 _ROUNDS = 4             # of measuring
 _ENOUGH = 1 << 27       # bytes of numbers of one kind that are measured: more than caches hold
 _TILES = 128            # of the matrix that code is made with
@@ -73,7 +74,8 @@ class Few:
             return
         for (known, _), pairs in kinds.items():
             both = [one for one in (Both(*pair, made[known]) for pair in pairs) if _alike(one, even)]
-            counts = [n for n in (*COUNTS, *range(2 * _FOUR, MOST + 1, _FOUR)) if both and _is_quicker(both, n, even)]
+            quick = _quick(*both[0].numbers.shape, known.bits, known.group, known.block) if both else 0
+            counts = [n for n in _MEASURED if quick >> n & 1]
             for one in both if counts else ():
                 one.packages = {n: made[known][n] for n in COUNTS if n in counts}
                 one.most = counts[-1]
@@ -143,11 +145,24 @@ def _alike(one: Both, even: Callable[[int], int]) -> bool:
     """Whether few rows come out as many do, to the bit."""
     x = torch.randn(MOST, one.codes.cols, generator=torch.Generator().manual_seed(one.codes.rows))
     wanted = _many(x, one.numbers, even)
-    return all(torch.equal(one.few(x[:n]), wanted[:n]) for n in (*COUNTS, MOST))
+    return all(torch.equal(one.few(x[:n]), wanted[:n]) for n in _MEASURED)
 
 
-def _is_quicker(both: list[Both], count: int, even: Callable[[int], int]) -> bool:
-    """Whether codes take so many rows less time than numbers do, of matrices that are alike: over as many of them as no cache
-    holds, the best of rounds by turns."""
-    some, x = both[:max(1, _ENOUGH // both[0].numbers.nbytes)], torch.ones(count, both[0].codes.cols)
-    return quicker(lambda: [one.few(x) for one in some], lambda: [_many(x, one.numbers, even) for one in some], _ROUNDS)
+@remembered
+def _quick(rows: int, cols: int, bits: int, group: int, block: int) -> int:
+    """The sum of 2^n for those numbers n of rows that codes multiply in less time than numbers do, with as many matrices [rows,
+    cols] as no cache holds. More than four only where four are among them."""
+    many = -(-_ENOUGH // (4 * rows * cols))
+    numbers = torch.ones(many, rows, cols)
+    scale, zero = torch.ones(2, rows, cols // group)
+    codes = crosswise.lay_out(Apart(torch.ones(rows, cols, dtype=torch.uint8), scale, zero, bits, group), block)
+    packages, found = {n: _package(codes.layout, n, None) for n in COUNTS}, 0
+    every = [Both(one, codes._replace(tensors=tuple(t.clone() for t in codes.tensors)), packages) for one in numbers]
+    for n in _MEASURED:
+        some, filled = torch.ones(n, cols), torch.ones(-(-n // _FOUR) * _FOUR, cols)
+        if quicker(lambda x=some: [one.few(x) for one in every], lambda x=filled: [torch.mm(x, one.T) for one in numbers],
+                   _ROUNDS):
+            found |= 1 << n
+        elif n >= _FOUR:
+            break
+    return found
