@@ -7,17 +7,19 @@ import shutil
 import billion
 import limited
 import pytest
+import torch
 
 from llmlab.calibration.disk import drop
+from llmlab.runtime.decoder import quick_dtype
 from llmlab.units import GIB, MIB, format_bytes
 
-# Layers of 25 MB in Q8_0, 1.2 GB altogether: a process that has torch in it holds a quarter of a GB before any model is there.
-CONFIG = billion.CONFIG | {"hidden_size": 1280, "num_hidden_layers": 48, "intermediate_size": 5120, "num_attention_heads": 10,
+# Layers of 25 MB in Q8_0, 1.25 GB altogether: a process that has torch in it holds a quarter of a GB before any model is there.
+CONFIG = billion.CONFIG | {"hidden_size": 1280, "num_hidden_layers": 50, "intermediate_size": 5120, "num_attention_heads": 10,
                            "num_key_value_heads": 2, "vocab_size": 259, "max_position_embeddings": 512}
 BUDGET = 96 * MIB        # for everything that the model holds: slots, what stays, KV cache, workspace
-ALLOWED = 376 * MIB      # for the process, Python and torch and all: with AVX-512 some 20 MiB more than with AVX2
+ALLOWED = 392 * MIB      # for the process, Python and torch and all: 345 with AVX2, and with bfloat16 some 25 more
 TOKENS, CONTEXT = 4, 64
-PROMPT = "Layer by layer"
+PROMPT = "Here and there"
 
 
 # What can be typed, a letter each, and words that no merge makes, as GPT-2's byte-level vocabularies spell them.
@@ -35,7 +37,7 @@ VOCABULARY = {
 def file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     if (free := shutil.disk_usage(folder).free) < 3 * GIB:
-        pytest.skip(f"the disk has {format_bytes(free)} free and a model of 1.2 GB is to be written there")
+        pytest.skip(f"the disk has {format_bytes(free)} free and a model of 1.25 GB is to be written there")
     path = billion.write(folder / "large.gguf", "Q8_0", CONFIG, **VOCABULARY)
     yield path
     path.unlink()
@@ -64,7 +66,8 @@ def test_the_same_text_from_a_third_of_the_memory(file, unlimited):
     assert ran.answer["text"] == unlimited["text"] and len(set(ran.answer["text"])) > 5
     assert ran.answer["logits"] == unlimited["logits"] and ran.answer["read"] == unlimited["read"]
     assert max(ran.peak, ran.answer["VmHWM"]) <= ALLOWED
-    assert ran.answer["VmHWM"] - ran.answer["before"] <= BUDGET + 16 * MIB       # code that is loaded late among it
+    late = 16 * MIB if quick_dtype(torch.device("cpu")) == torch.float32 else 48 * MIB
+    assert ran.answer["VmHWM"] - ran.answer["before"] <= BUDGET + late      # code that is loaded late; oneDNN's for bfloat16
     assert ran.answer["totals"]["read"][2] > TOKENS * 0.8 * file.stat().st_size  # it came from the file, again for each token
 
 
