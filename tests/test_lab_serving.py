@@ -517,6 +517,8 @@ def test_a_run_is_shown(tiny):
     assert sum(len(trace.x) for trace in panel.along.figure.data) > 6 and not panel.start.disabled
     codes = {one for row in panel.pool.figure.data[0].z for one in row if one is not None}
     assert codes == {0, 1}                    # all is free again, or known
+    panel.state.memory = "24 MiB"             # of another pool nothing was seen yet
+    assert {one for row in panel.pool.figure.data[0].z for one in row if one is not None} == {0} and panel.rows.rows == []
 
 
 def test_a_panel_closed_in_the_middle_of_a_run_lets_go(tiny, monkeypatch):

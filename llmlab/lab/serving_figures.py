@@ -8,7 +8,7 @@ from ..units import format_seconds
 from .offload_figures import logarithmic
 from .serving_run import KEPT, PREEMPTED, QUEUED, READING, WRITING, Frame, Held, Ran, tail
 from .serving_state import NAMES, Point, point_of
-from .style import BLUE, FAINT, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW, layout
+from .style import BLUE, FAINT, GREEN, GREY, GRID, ORANGE, PINK, RED, SKY, YELLOW, layout
 
 REQUESTS = (BLUE, ORANGE, GREEN, RED, PINK, "#882255", "#44AA99", "#999933")     # the ninth begins again with the first
 SHADES = (1.0, 0.62, 0.25)                   # a block that is full, partly written, reserved and empty
@@ -17,6 +17,7 @@ STATES = {QUEUED: ("queued", "#999999"), READING: ("reading the prompt", ORANGE)
           PREEMPTED: ("preempted", RED), KEPT: ("ended, its blocks still held", PINK)}
 COLUMNS = (17, 34, 68)
 _AXIS = {"size": 13}
+_FAINT = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID}        # of a second pair of axes
 _BARE = {"showgrid": False, "zeroline": False, "showticklabels": False}
 
 
@@ -128,9 +129,9 @@ def race_picture(race: Mapping[str, Ran], beside: Sequence[Beside] = ()) -> dict
         "layout": layout(height=130 + 40 * max(len(rows), 1), barmode="stack", margin={"l": 12, "r": 24, "t": 58, "b": 44},
                          xaxis={"domain": [0, 0.46], "rangemode": "tozero", "nticks": 6, "title": {
                              "text": "tokens/s", "font": _AXIS, "standoff": 4}},
-                         xaxis2={"domain": [0.54, 1], "anchor": "y2", "range": [0, 100], "nticks": 6, "showgrid": False,
-                                 "title": {"text": "% of the cache's cells, mean over time", "font": _AXIS, "standoff": 4}},
-                         yaxis={**axis, "ticktext": names}, yaxis2={**axis, "anchor": "x2", "showticklabels": False}),
+                         xaxis2={**_FAINT, "domain": [0.54, 1], "anchor": "y2", "range": [0, 100], "nticks": 6,
+                                 "showgrid": False, "title": {"text": "% of the cache's cells, mean over time", "font": _AXIS, "standoff": 4}},
+                         yaxis={**axis, "ticktext": names}, yaxis2={**_FAINT, **axis, "anchor": "x2", "showticklabels": False}),
     }
 
 
@@ -172,10 +173,10 @@ def people_picture(curve: Sequence[tuple[Point, Point, Point]], found: Sequence[
                  _second(_marks("", here, [one.first for one in found], ORANGE,
                                 "%{x} at once: the first token after %{y:.3g} s, measured"))],
         "layout": layout(height=340, margin={"l": 12, "r": 16, "t": 58, "b": 44}, hovermode="closest",
-                         xaxis={**ticks, "domain": [0, 0.44]}, xaxis2={**ticks, "domain": [0.56, 1], "anchor": "y2"},
+                         xaxis={**ticks, "domain": [0, 0.44]}, xaxis2={**_FAINT, **ticks, "domain": [0.56, 1], "anchor": "y2"},
                          yaxis={"rangemode": "tozero", "range": [0, 1.08 * max(rates, default=1)], "automargin": True,
                                 "nticks": 6, "title": {"text": "tokens/s, all together", "font": _AXIS, "standoff": 4}},
-                         yaxis2={**logarithmic(waits, "seconds"), "anchor": "x2", "automargin": False}),
+                         yaxis2={**_FAINT, **logarithmic(waits, "seconds"), "anchor": "x2", "automargin": False}),
     }
 
 

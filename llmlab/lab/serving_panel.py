@@ -14,7 +14,7 @@ from .options import NOTHING
 from .panel import Panel, blocks, grid, headlined, offer, put, told
 from .serving_boxes import CardBox, LoadBox, RaceBox, SharingBox
 from .serving_figures import STATES, along_picture, pool_picture
-from .serving_run import ServingRun, ran_words
+from .serving_run import Frame, ServingRun, ran_words
 from .serving_state import DEFAULTS, NAMES, THERE, ServingState, here_words, there_words
 from .style import GREEN, GREY, ORANGE, RED
 from .table import Rows
@@ -128,19 +128,24 @@ class ServingExplorer(Panel):
         put(self.stop, disabled=not run.running)
         put(self.ran, html=self._ran())
         if change is None or change["name"] in ("frame", "running"):
-            frame = run.frame
-            count = len(frame.requests) if frame else 0
+            frame = self._frame
             self.pool.present(pool_picture(frame, here.blocks))
-            self.along.present(along_picture(frame, max(count, 1 if frame else len(here.arrivals))))
+            self.along.present(along_picture(frame, max(len(frame.requests), 1) if frame else len(here.arrivals)))
             put(self.rows, caption="what each holds: exact; and what it said" if frame else "")
-            self.rows.show(self._told())
+            self.rows.show(self._told(frame))
         self.folds.show()
 
-    def _told(self) -> list[dict]:
+    @property
+    def _frame(self) -> Frame | None:
+        """What is seen of the run; nothing of one that is over and was of another pool."""
+        frame = self.run.frame
+        return frame if self.run.running or frame and len(frame.blocks) == self.state.here.blocks else None
+
+    def _told(self, frame: Frame | None) -> list[dict]:
         return [{"request": f"{one.request}", "is": STATES[one.state][0] if one.state in STATES else one.state,
                  "prompt": f"{one.prompt} tokens", "of them there already": f"{one.reused}", "new": f"{one.new}",
                  "blocks": f"{one.blocks}", "preempted": f"{one.preempted}", "says": _short(one.text)}
-                for one in (self.run.frame.requests if self.run.frame else ())]
+                for one in (frame.requests if frame else ())]
 
     def _ran(self) -> str:
         run = self.run

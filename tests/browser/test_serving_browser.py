@@ -142,7 +142,7 @@ def test_what_it_is_worth_is_measured_and_simulated(book, shots):
     panel.get_by_role("button", name="simulate 1 to 256").click()
     panel.get_by_role("status").get_by_text("tokens/s or more for each").wait_for(timeout=240_000)
     page.wait_for_timeout(400)
-    assert panel.locator(".llmlab-rows:visible").count() == 6
+    assert panel.locator(".llmlab-rows:visible").count() == 7
     panel.screenshot(path=shots / "serving-folds.png")
     assert book.overflow(PANEL) == []
 
