@@ -130,7 +130,8 @@ def race_picture(race: Mapping[str, Ran], beside: Sequence[Beside] = ()) -> dict
                          xaxis={"domain": [0, 0.46], "rangemode": "tozero", "nticks": 6, "title": {
                              "text": "tokens/s", "font": _AXIS, "standoff": 4}},
                          xaxis2={**_FAINT, "domain": [0.54, 1], "anchor": "y2", "range": [0, 100], "nticks": 6,
-                                 "showgrid": False, "title": {"text": "% of the cache's cells, mean over time", "font": _AXIS, "standoff": 4}},
+                                 "showgrid": False, "title": {
+                                     "text": "% of the cache's cells, mean over time", "font": _AXIS, "standoff": 4}},
                          yaxis={**axis, "ticktext": names}, yaxis2={**_FAINT, **axis, "anchor": "x2", "showticklabels": False}),
     }
 
