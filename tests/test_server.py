@@ -467,3 +467,9 @@ def test_an_engine_that_is_there_is_served_and_left_open(path):
             assert httpx.get(f"{server.base_url}/models", trust_env=False).json()["data"][0]["id"] == "mine"
             assert "mine" in repr(server) and "ok" in repr(server)
         assert engine.submit([1, 2, 3]).result(10).prompt_tokens == 3
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_answer_that_comes_again_is_taken_as_written_or_read_anew(path, exact):
+    with llmlab.serve(path, port=0, memory="2 MiB", background=True, exact=exact, progress=lambda text: None) as server:
+        assert server.service.engine.answers is not exact

@@ -172,6 +172,7 @@ class Engine:
         self.blocks = Blocks(given // each, SIZE, share)
         self._scheduler = Scheduler(self.blocks, rows, sequences, policy, self.context, answers=answers)
         self.longest = self._scheduler.longest      # tokens of one text, its answer among them
+        self.answers = answers
         compile = (decoder.compiled is not None or decoder.fused) if compile is None else compile
         sinks = any("sinks" in layer for layer in decoder.weights.each())
         self.cache = PagedCache(shapes, self.blocks.count, SIZE, kv, decoder.cache_device, compile, sinks, progress)

@@ -30,7 +30,7 @@ def serve(path: str | os.PathLike | Engine, port: int = 8080, host: str = "127.0
           api_key: str | None = None, memory: str | int | None = None, kv: str | tuple[str, str] | None = None,
           context: int | None = None, sequences: int = 64, strategy: str = "auto", compile: bool = False, device=None,
           dtype=None, limits: Limits | None = None, hosts: tuple[str, ...] = (), origins: tuple[str, ...] = (),
-          background: bool = False, progress: Callable[[str], None] | None = None) -> "Server | None":
+          background: bool = False, exact: bool = False, progress: Callable[[str], None] | None = None) -> "Server | None":
     """Answer OpenAI's API with a GGUF, many requests at once, until Ctrl-C; with `background` a `Server` that runs in a thread.
 
     `path`, `strategy`, `compile`, `device`, `dtype`: as `llmlab.decoder` takes them; an `Engine` that is there already is
@@ -38,7 +38,8 @@ def serve(path: str | os.PathLike | Engine, port: int = 8080, host: str = "127.0
     or the file's name); asking for another one is a 404. `memory`: of the KV cache of all requests together ("2 GiB"; None:
     four whole contexts, or a quarter of what is free). `kv`: its type, or a pair for keys and values (None: f32 on a processor,
     f16 on a card). `context`: most tokens of a request and its answer (None: as trained). `sequences`: answers made at once;
-    more wait, as `limits` says.
+    more wait, as `limits` says. `exact`: an answer that comes again, in a conversation's next request, is read anew, so that
+    what follows is the same to the bit whatever was asked before; otherwise its keys and values are taken as they were written.
 
     Without `api_key` it answers this computer only: on another `host` one is needed. `hosts`: further names it goes by,
     `origins`: of web pages that may ask it (CORS). `progress` is told what happens (None: standard error).
@@ -61,7 +62,8 @@ def serve(path: str | os.PathLike | Engine, port: int = 8080, host: str = "127.0
     try:
         if not there:
             tell(f"loading {name} ...")
-        server.begin(path if there else _engine(file, memory, kv, context, sequences, strategy, compile, device, dtype, tell))
+        server.begin(path if there else _engine(file, memory, kv, context, sequences, strategy, compile, device, dtype, exact,
+                                                     tell))
         tell(f"{name} is served at {server.base_url}; {service.engine.why}")
         if background:
             return server
@@ -84,11 +86,11 @@ def _file(path: str | os.PathLike):
     return file
 
 
-def _engine(file, memory, kv, context, sequences, strategy, compile, device, dtype, tell) -> Engine:
+def _engine(file, memory, kv, context, sequences, strategy, compile, device, dtype, exact, tell) -> Engine:
     made, words = decoder(file, device, dtype, strategy, context, compile, tell)
     kv = kv or ("f32" if made.device.type == "cpu" else "f16")
     return Engine(made, words, memory=cache_bytes(made, kv) if memory is None else memory, kv=kv, sequences=sequences,
-                  rows=max(256, sequences))
+                  rows=max(256, sequences), answers=not exact)
 
 
 def _name(name: str | None, path: str) -> str:

@@ -52,8 +52,8 @@ def claims(count: int = 300) -> list[dict]:
         for name, asked in (("ShareGPT-like", sharegpt_like(count)), ("Alpaca-like", alpaca_like(count))):
             print(f"\n{name}\n{compare_policies(on, asked)}", flush=True)
             rates = {way: bearable_rate(on, asked, way) for way in ("paged", "reserved", "static")}
-            print(f"requests a second borne at 0.5 s a token: {rates}; paged over reserved "
-                  f"{rates['paged'] / rates['reserved']:.2f}, over static {rates['paged'] / rates['static']:.2f}", flush=True)
+            over = [f"over {way} {rates['paged'] / rates[way]:.2f}" for way in ("reserved", "static") if rates[way]]
+            print(f"requests a second borne at 0.5 s a token: {rates}; paged {', '.join(over)}", flush=True)
             found.append({"model": on.title, "requests": name, **rates})
     return found
 
