@@ -246,8 +246,8 @@ def _add_serve(commands) -> None:
     one.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="of web pages that may ask it, such as "
                      "http://localhost:3000 (again for several); '*': any")
     one.add_argument("--compile", action="store_true", help="for this processor: quicker, the first time half a minute later")
-    one.add_argument("--exact", action="store_true", help="read answers anew where they come again: nothing depends on what was "
-                     "asked before, to the last bit")
+    one.add_argument("--exact", action="store_true", help="read answers anew where they come again: nothing depends on what "
+                     "was asked before, to the last bit")
     one.add_argument("--strategy", default="auto", help="auto (default), compact, fast or reference")
     one.add_argument("--device", help="cpu or cuda (default: a card where the model fits on one)")
     one.add_argument("--dtype", help="of the activations: float32, bfloat16, float16 (default: what this device computes well)")
