@@ -1,8 +1,8 @@
 """Many requests at once: llmlab's paged engine beside static batches, one after another, transformers and llama.cpp's server.
 
     python tests/bench/bench_serving.py [--count 64] [--scale 0.25] [--seed 0] [--rate R] [--memory "128 MiB"] [--kv f32]
-                                        [--sequences 48] [--rows 256] [--rounds 3] [--threads N] [--only NAMES] [--quick]
-                                        [--save] [--json FILE]
+                                        [--dtype D] [--sequences 48] [--rows 256] [--rounds 3] [--threads N]
+                                        [--only NAMES] [--quick] [--save] [--json FILE]
 
 SmolLM2 135M, everyone in a process of its own, the same requests: lengths as those of ShareGPT (`llmlab.workloads`), made
 smaller by `--scale`, all there at the beginning or at a mean `--rate` a second; greedy, ends ignored, so that everyone makes
@@ -147,14 +147,15 @@ def requests_of(path: Path, arrivals: list[Arrival]) -> list[dict]:
             for number, one in enumerate(arrivals)]
 
 
-def racers_of(names, path: Path, longest: int, memory: int, kv: str, sequences: int, rows: int, threads: int) -> list[Racer]:
+def racers_of(names, path: Path, longest: int, memory: int, kv: str, sequences: int, rows: int, threads: int,
+              dtype: str | None) -> list[Racer]:
     """Those of `NAMES` that are asked for."""
     job = {"path": str(path), "threads": threads, "memory": memory}
-    ours = job | {"kv": kv, "sequences": sequences, "rows": rows, "context": None}
+    ours = job | {"dtype": dtype, "kv": kv, "sequences": sequences, "rows": rows, "context": None}
     found = [Racer(PAGED, "ours", ours | {"policy": "paged"}),
              # what a static batch reserves: the longest request there will be, which nobody can know beforehand
              Racer(STATIC, "ours", ours | {"policy": "static", "context": BLOCK * ceil(longest / BLOCK)}),
-             Racer(ALONE, "ours", ours | {"policy": "alone"}), Racer(DECODER, "alone", job),
+             Racer(ALONE, "ours", ours | {"policy": "alone"}), Racer(DECODER, "alone", job | {"dtype": dtype}),
              Racer(SERVER, "served", ours | {"policy": "paged"})]
     found += [Racer(f"transformers {dtype}", "transformers", job | {"dtype": dtype, "page": BLOCK, "rows": rows,
                                                                     "sequences": sequences}) for dtype in DTYPES]
@@ -301,14 +302,14 @@ def say(line: str) -> None:
 
 
 def measure(names=NAMES, count: int = 64, scale: float = 0.25, seed: int = 0, rate: float | None = None,
-            memory: int = 128 * MIB, kv: str = "f32", sequences: int = 48, rows: int = 256, rounds: int = 3,
-            threads: int | None = None) -> dict:
+            memory: int = 128 * MIB, kv: str = "f32", dtype: str | None = None, sequences: int = 48, rows: int = 256,
+            rounds: int = 3, threads: int | None = None) -> dict:
     here, before, threads = machine(), load(), threads or os.cpu_count()
     path = llmlab.fetch("smollm2-135m", progress=False)
     arrivals = sharegpt_like(count, seed=seed, scale=scale, rate=rate)
     requests = requests_of(path, arrivals)
     longest = max(len(one["prompt"]) + one["output"] for one in requests)
-    racers = race(racers_of(names, path, longest, memory, kv, sequences, rows, threads), requests, rounds)
+    racers = race(racers_of(names, path, longest, memory, kv, sequences, rows, threads, dtype), requests, rounds)
     ran = {racer.name: racer for racer in racers if racer.rounds}
     told = [name for name in ran if PAGED in ran and name not in (PAGED, SERVER)]        # whose tokens are known
     alike = {name: agreement(ran[PAGED].tokens, ran[name].tokens) for name in told}
@@ -356,6 +357,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="requests a second; all at once unless it is given")
     parser.add_argument("--memory", default="128 MiB", help="for each one's cache")
     parser.add_argument("--kv", default="f32", help="type of llmlab's cache")
+    parser.add_argument("--dtype", help="in which llmlab multiplies (default: what this processor multiplies well)")
     parser.add_argument("--sequences", type=int, default=48, help="that run together at most; llama.cpp's slots")
     parser.add_argument("--rows", type=int, default=256, help="tokens of a step at most")
     parser.add_argument("--rounds", type=int, default=3)
@@ -370,8 +372,8 @@ def main() -> None:
         parser.error(f"{wrong[0]!r} is nobody; there are {', '.join(NAMES)}")
     given = {"count": asked.count, "scale": asked.scale, "memory": parse_bytes(asked.memory), "sequences": asked.sequences,
              "rounds": asked.rounds}
-    found = measure(names, **(QUICK if asked.quick else given), seed=asked.seed, rate=asked.rate, kv=asked.kv, rows=asked.rows,
-                    threads=asked.threads)
+    found = measure(names, **(QUICK if asked.quick else given), seed=asked.seed, rate=asked.rate, kv=asked.kv,
+                    dtype=asked.dtype, rows=asked.rows, threads=asked.threads)
     show(found)
     for place in (asked.json, target(found) if asked.save else None):
         if place:

@@ -34,7 +34,7 @@ class Ours:
 
         torch.set_num_threads(job["threads"])
         self._options = lambda tokens: Options(temperature=0, max_tokens=tokens)
-        model, words = decoder(job["path"], "cpu")
+        model, words = decoder(job["path"], "cpu", job["dtype"])
         words.stop_ids = ()                    # a token that ends a turn is one like others here
         self.engine = Engine(model, words, memory=job["memory"], kv=job["kv"], sequences=job["sequences"], rows=job["rows"],
                               policy=job["policy"], context=job["context"], share=False, compile=True, progress=say)
@@ -69,7 +69,7 @@ class Alone:
 
         from llmlab.starting import decoder
         torch.set_num_threads(job["threads"])
-        self._model, _ = decoder(job["path"], "cpu", compile=True, progress=say)
+        self._model, _ = decoder(job["path"], "cpu", job["dtype"], compile=True, progress=say)
         self.about = {"why": f"one after another; {self._model.why}", "kv_bytes": None}
         self.watch = os.getpid()
 
