@@ -138,7 +138,7 @@ def test_a_prefix_is_held_once(state):
     once = state.here.run
     state.share = False
     apart = state.here.run
-    assert once.reused == 64 * 11 and apart.reused == 0 and len(once.history) <= len(apart.history)
+    assert once.reused == 64 * 15 and apart.reused == 0 and len(once.history) <= len(apart.history)
     state.policy = "static"
     assert state.here.serving.share is False and state.here.serving.context == reserved(state.here.arrivals)
 
@@ -302,15 +302,15 @@ def test_requests_are_served_and_followed(run, state, tiny):
     said = run.run()
     assert threading.active_count() == threads and said == run.answer and said.endswith("measured.")
     found, arrivals = run.ran.found, state.here.arrivals
-    assert found.kind == "measured" and repr(found).startswith("<measured, paged: 12 requests")
+    assert found.kind == "measured" and repr(found).startswith("<measured, paged: 16 requests")
     assert sorted((one.prompt, one.output) for one in found.requests) == sorted((a.prompt, a.output) for a in arrivals)
     assert all(0 <= one.first_seconds <= one.latency for one in found.requests)
-    assert found.reused == state.here.run.reused == 32 * 11 and f"{found.reused} tokens of prompts were there" in said
+    assert found.reused == state.here.run.reused == 32 * 15 and f"{found.reused} tokens of prompts were there" in said
     assert sum(m.logits for m in found.history) == state.here.made
     last = run.frame
-    assert [one.request for one in last.requests] == list(range(1, 13)) and {one.state for one in last.requests} == {"done"}
+    assert [one.request for one in last.requests] == list(range(1, 17)) and {one.state for one in last.requests} == {"done"}
     assert len(last.blocks) == state.here.blocks and all(one.text for one in last.requests)
-    for one in range(1, 13):
+    for one in range(1, 17):
         mine = [span for span in last.spans if span.request == one]
         assert mine and all(a.end == b.start and a.state != b.state for a, b in zip(mine, mine[1:], strict=False))
     decoder, words = tiny
@@ -379,10 +379,10 @@ def test_a_beginning_is_kept_once_or_by_each(run, state):
     state.prefix = 64
     said = run.run_sharing()
     once, apart = run.sharing[True].found, run.sharing[False].found
-    assert said == sharing_words(run.sharing) and once.reused == 64 * 11 and apart.reused == 0
-    assert "the same 64 tokens" in said and f"{64 * 11} tokens were not read again" in said
+    assert said == sharing_words(run.sharing) and once.reused == 64 * 15 and apart.reused == 0
+    assert "the same 64 tokens" in said and f"{64 * 15} tokens were not read again" in said
     rows = list(run.sharing_table)
-    assert rows[0]["tokens read"] + 64 * 11 == rows[1]["tokens read"] == sum(one.prompt for one in state.here.arrivals)
+    assert rows[0]["tokens read"] + 64 * 15 == rows[1]["tokens read"] == sum(one.prompt for one in state.here.arrivals)
     lines = sharing_picture(run.sharing)["data"]
     assert len(lines) == len(sharing_picture({})["data"]) == 4 and len(lines[0]["x"]) == len(once.history)
     state.prefix = 8
@@ -405,7 +405,7 @@ def test_it_is_stopped_in_the_middle_and_begun_again(run, monkeypatch):
     slow.go.set()
     assert run.wait(30) and (run.progress, run.error, run.ran) == ("Stopped.", "", None)
     assert threading.active_count() == threads
-    assert run.run() and run.progress == "" and len(run.ran.found.requests) == 12
+    assert run.run() and run.progress == "" and len(run.ran.found.requests) == 16
 
 
 def test_what_cannot_be_run_is_said(run, state, monkeypatch):
@@ -495,7 +495,7 @@ def test_folds_show_what_they_say(tiny):
     panel.run.run_load((1, 2))
     assert load.words.html.startswith("2 at once get ") and len(load.rows.rows) == 2
     panel.run.run_sharing()
-    assert sharing.words.html.startswith("All 12 prompts") and len(sharing.rows.rows) == 2
+    assert sharing.words.html.startswith("All 16 prompts") and len(sharing.rows.rows) == 2
     assert card.chart.layout.display == "none" and "32 people asking" in card.words.html
     panel.run.run_card()
     assert "serves " in card.words.html and len(card.rows.rows) == len(PEOPLE) and len(card.ways.rows) == 4

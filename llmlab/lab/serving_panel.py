@@ -20,7 +20,7 @@ from .style import GREEN, GREY, ORANGE, RED
 from .table import Rows
 
 HERE = {name: value for name, value in DEFAULTS.items() if name not in THERE}
-PRESETS = (("a few at once", "12 requests in 16 MiB of cache, paged", {}),
+PRESETS = (("a few at once", "16 requests in 16 MiB of cache, paged", {}),
            ("static batches", "the same, each reserving the longest there may be", {"policy": "static"}),
            ("one by one", "the same, one after another", {"policy": "alone"}),
            ("little memory", "24 requests in half the cache: most of them wait",

@@ -18,7 +18,7 @@ from .quantization_state import SMALL_MODEL
 from .serving_asking import ROWS, SIZE, arriving, bytes_of_block, counted, longest, reserved
 from .settable import settable
 
-DEFAULTS = {"policy": "paged", "requests": 12, "rate": None, "prefix": 32, "share": True, "sequences": 16, "memory": "16 MiB",
+DEFAULTS = {"policy": "paged", "requests": 16, "rate": None, "prefix": 32, "share": True, "sequences": 16, "memory": "16 MiB",
             "model": "llama-3-8b", "card": "rtx-4090-24gb", "quant": None, "mix": "ShareGPT", "people": 32}
 THERE = ("model", "card", "quant", "mix", "people")          # settings of the card; the others are of this machine
 MOST_REQUESTS, MOST_PEOPLE, LARGEST = 64, 512, 2**30
@@ -183,7 +183,7 @@ def mixed(mix: str, count: int) -> list[Arrival]:
 @lru_cache(maxsize=4096)
 def point(setup: Setup, mix: str, people: int, way: str, band: str) -> Point:
     """One simulation. Raises LabError."""
-    return point_of(serve(setup, mixed(mix, min(max(32, 3 * people), people + 128)), way, clients=people, band=band), people)
+    return point_of(serve(setup, mixed(mix, min(max(32, 3 * people), people + 64)), way, clients=people, band=band), people)
 
 
 def _there(model, card, quant, mix, people) -> There:

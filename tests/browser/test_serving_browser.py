@@ -101,7 +101,7 @@ def test_blocks_fill_and_free_while_the_kernel_is_free(book, shots):
         .filter(code => code > 1)).size >= least"""
     page.wait_for_function(held, arg=[PANEL, 4], timeout=120_000)        # blocks of several requests, and what they share
     book.run("assert panel.run.running, 'the kernel is free meanwhile'")
-    assert start.is_disabled() and panel.locator(".llmlab-rows:visible").first.locator("tbody tr").count() == 12
+    assert start.is_disabled() and panel.locator(".llmlab-rows:visible").first.locator("tbody tr").count() == 16
     page.wait_for_timeout(400)
     panel.screenshot(path=shots / "serving-running.png")
     stop.focus()
