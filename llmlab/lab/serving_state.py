@@ -183,7 +183,7 @@ def mixed(mix: str, count: int) -> list[Arrival]:
 @lru_cache(maxsize=4096)
 def point(setup: Setup, mix: str, people: int, way: str, band: str) -> Point:
     """One simulation. Raises LabError."""
-    return point_of(serve(setup, mixed(mix, min(max(32, 3 * people), people + 64)), way, clients=people, band=band), people)
+    return point_of(serve(setup, mixed(mix, min(max(32, 3 * people), people + 192)), way, clients=people, band=band), people)
 
 
 def _there(model, card, quant, mix, people) -> There:
