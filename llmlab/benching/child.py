@@ -123,8 +123,9 @@ def divergence(reference, logits):
     return (np.exp(p) * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
 
 
-def main() -> None:
-    commands = Commands(sys.argv[1])
+def obey(commands) -> None:
+    """Each line of standard input is an order, {"do": a method of `commands`, and what it takes}; what that returns, or raises,
+    is a line of the answer."""
     for line in sys.stdin:
         order = json.loads(line)
         try:
@@ -136,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    obey(Commands(sys.argv[1]))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-MARK = "llmlab-bench:"
+from llmlab.benching.child import obey
 
 
 class Ours:
@@ -165,16 +165,5 @@ class Commands:
         return {}
 
 
-def main() -> None:
-    commands = Commands(sys.argv[1])
-    for line in sys.stdin:
-        order = json.loads(line)
-        try:
-            answer = getattr(commands, order.pop("do"))(**order)
-        except Exception as error:             # whatever an engine raises is a line for the parent
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        print("\n" + MARK + json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    obey(Commands(sys.argv[1]))

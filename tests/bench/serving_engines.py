@@ -18,7 +18,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-MARK = "llmlab-bench:"
+from llmlab.benching.child import obey
+
 PATIENCE = 300.0         # seconds until a server is there
 
 
@@ -332,19 +333,8 @@ class Commands:
         return {}
 
 
-def main() -> None:
+if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serving(json.loads(sys.argv[2]))
-        return
-    commands = Commands(sys.argv[1])
-    for line in sys.stdin:
-        order = json.loads(line)
-        try:
-            answer = getattr(commands, order.pop("do"))(**order)
-        except Exception as error:             # whatever an engine raises is a line for the parent
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        print("\n" + MARK + json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    else:
+        obey(Commands(sys.argv[1]))
