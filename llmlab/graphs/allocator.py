@@ -7,7 +7,7 @@ One chunk a buffer: the CPU's and CUDA's buffer types have no largest size.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .ggml import Dim, Graph, Tensor
 
@@ -39,6 +39,9 @@ class Loop:
     left: tuple[int, ...]
 
 
+MOST_KNOWN = 64         # sizes whose buffers are kept, a plan
+
+
 class Irregular(Exception):
     """Layers that look alike are not treated alike; build all of them."""
 
@@ -54,6 +57,7 @@ class Plan:
     code: object
     derived: tuple[tuple[str, object], ...]
     loops: tuple[Loop, ...] = ()
+    known: dict[tuple[int, ...], list[Peak]] = field(default_factory=dict, compare=False, repr=False)
 
     def sizes(self, values: dict[str, int]) -> tuple[int, ...]:
         """Aligned bytes of every size there is, for values of the symbols."""
@@ -64,8 +68,16 @@ class Plan:
         return eval(self.code, {}, values)
 
     def measure(self, values: dict[str, int]) -> list[Peak]:
-        """The buffer of each backend."""
+        """The buffer of each backend. Kept: weights on cards change none of it, so a ladder of quants asks again and again."""
         sizes = self.sizes(values)
+        if sizes in self.known:
+            return self.known[sizes]
+        if len(self.known) >= MOST_KNOWN:
+            self.known.clear()
+        found = self.known[sizes] = self._played(sizes)
+        return found
+
+    def _played(self, sizes: tuple[int, ...]) -> list[Peak]:
         memory = _Memory(self.backends, len(self.slots))
         at = 0
         for loop in self.loops:
