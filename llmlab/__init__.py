@@ -13,7 +13,7 @@ _FACE = {  # public name -> (module, name there)
     "fit": ("fitting", "fit"), "fit_map": ("fitmap", "fit_map"), "measured": ("reconcile", "measured"),
     "size": ("memory", "size_of"), "mix": ("memory", "mix_of"),
     "fetch": ("sources", "fetch"), "local_models": ("sources", "local_models"),
-    "plan": ("offload.planning", "plan"),
+    "plan": ("offload.planning", "plan"), "best": ("advice", "best"),
     "load": ("loading", "load"), "decoder": ("starting", "decoder"),
     "quantize_gguf": ("requantizing", "quantize_gguf"),
     "perplexity": ("quality", "perplexity"), "divergence": ("quality", "divergence"),

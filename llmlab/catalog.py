@@ -83,6 +83,17 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Score:
+    """A published score. Compare only within one `setting` and `source`."""
+
+    model: str  # an id of the catalogue, or of a model that is not in it
+    benchmark: str
+    score: float
+    setting: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Gpu:
     """A card (or a chip with shared memory). Bytes, bytes per second, operations per second, watts, dollars."""
 
@@ -479,6 +490,19 @@ def measured_kv_quality(rotate: bool = False, recent: int = 0, sinks: int = 0,
                 float(row["mean_kld_error"]), float(row["p99_kld"]),
                 by_depth=tuple((edge, kld) for edge, kld in depths if kld is not None))
     return found
+
+
+@cache
+def scores() -> tuple[Score, ...]:
+    """Every published score."""
+    return tuple(Score(row["model_id"], row["benchmark"], float(row["score"]), row["setting"], row["source"])
+                 for row in _rows("benchmark_scores.csv"))
+
+
+@cache
+def mmlu_by_quant() -> dict[tuple[str, str], float]:
+    """MMLU of Llama 3 Instruct by (model id, quant), percent, measured once for all: {("llama-3-8b", "Q4_K_M"): 64.64}."""
+    return {(row["model_id"], row["quant"]): float(row["mmlu"]) for row in _rows("mmlu_by_quant_llama3.csv")}
 
 
 def _quality(what: str, importance: bool, row: dict, f16: float, bits: str, size: int | None) -> Quality:

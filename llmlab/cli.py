@@ -1,5 +1,5 @@
-"""The same functions from a shell: llmlab fit, fits, plan, size, mix, importance, quantize, run, serve, bench, doctor, stores,
-fetch, models, gpus, lab.
+"""The same functions from a shell: llmlab fit, fits, best, plan, size, mix, importance, quantize, run, serve, bench, doctor,
+stores, fetch, models, gpus, lab.
 
 Imports wait until a command needs them, so that an answer takes a fraction of a second; nothing here imports torch.
 """
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_fit(commands)
     _add_fits(commands)
+    _add_best(commands)
     _add_plan(commands)
     for name, run, says in (("size", _size, "exact bytes of a model in a quant"),
                             ("mix", _mix, "the format each tensor gets in a quant")):
@@ -122,6 +123,23 @@ def _add_fits(commands) -> None:
     one.add_argument("--context", type=_tokens, default=8192, help="tokens: 8192 (default), 32k")
     one.add_argument("--kv", default="f16", help="cache type, or K,V: q8_0 or q8_0,q4_0 (default f16)")
     _finish(one, _fits)
+
+
+def _add_best(commands) -> None:
+    one = commands.add_parser("best", help="which model for a card and a task: ranked by published scores, with reasons")
+    one.add_argument("cards", metavar="CARD", nargs="*", help="a card, or several together; 'none': RAM alone; default: this "
+                     "computer")
+    one.add_argument("--task", default="coding", help="coding, tools, reasoning, maths, knowledge, instructions, chat")
+    one.add_argument("--context", type=_tokens, default=8192, help="tokens: 8192 (default), 32k")
+    one.add_argument("--min-speed", default=5, metavar="RATE", help="least tokens per second while it answers (5)")
+    one.add_argument("--quality-floor", metavar="SCORE", help="least score to expect, in the points of the setting")
+    one.add_argument("--languages", metavar="LIST", help="that it was made for: ru, or English,Russian")
+    one.add_argument("--license", metavar="NAME", help="how it begins: Apache, Llama; 'open': Apache-2.0 or MIT")
+    one.add_argument("--host", help="RAM, like '64 GiB' (default: this computer's, or 32 GiB beside a card that is only named)")
+    one.add_argument("--setting", metavar="WORDS", help="rank by the scores whose benchmark, way or source has these words")
+    one.add_argument("--model", action="append", metavar="NAME", help="only this model (again for several)")
+    one.add_argument("--frontier", metavar="AGAINST", help="GiB or speed: only what nothing beats in both that and quality")
+    _finish(one, _best)
 
 
 def _add_plan(commands) -> None:
@@ -336,6 +354,20 @@ def _fits(a: argparse.Namespace, rest: list[str]) -> None:
     if not a.json:
         print(found.answer)
     _show(found.table, a.json)
+
+
+def _best(a: argparse.Namespace, rest: list[str]) -> None:
+    from .advice import best
+    found = best(_asked_cards(a.cards or None), a.task, a.context, a.min_speed, a.quality_floor, a.languages, a.license,
+                 host=a.host, setting=a.setting, models=a.model)
+    if a.frontier:
+        rows = found.frontier(a.frontier)
+        return _show(found.table_of(rows), a.json)
+    if a.json:
+        return _print_json(found.to_dict())
+    print(found.answer)
+    if found:
+        print(f"{found.table}\n\n{found[0].get}{found[0].command()}", end="")
 
 
 def _plan(a: argparse.Namespace, rest: list[str]) -> None:

@@ -1,0 +1,379 @@
+"""What llmlab.best answers with: ranked choices, each with its reason and what would change it; what is unknown, what failed.
+
+Ranked by the score to expect, in whole steps (one point of a hundred): nearer than that, the quicker one comes first, then the
+smaller. The order of two choices depends on nothing but the two.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from .. import catalog
+from ..catalog import Entry, Gpu
+from ..errors import LabError, UnknownName
+from ..exports import Command
+from ..fitting import Report
+from ..units import GIB, format_bytes
+from .configurations import decode, held, placement
+from .published import Band, Setting
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The question, checked."""
+
+    task: str
+    setting: Setting
+    context: int
+    min_speed: float
+    quality_floor: float | None
+    languages: tuple[str, ...]
+    license: tuple[str, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Choice:
+    """A model in a quant, a cache and a placement that keeps to every limit. Bands are low, usual, high.
+
+    `published`: the score in `setting`, with its 95 % interval; `quality`: what is left of it in this quant and cache; `lost`:
+    the points they cost. `why` it is here and what `changes` its place, a line each.
+    """
+
+    entry: Entry
+    report: Report
+    setting: Setting
+    published: Band
+    quality: Band
+    lost: Band
+    why: str = ""
+    changes: str = ""
+
+    @property
+    def model(self) -> str:
+        return self.entry.id
+
+    @property
+    def quant(self) -> str:
+        return self.report.settings.quant
+
+    @property
+    def kv(self) -> tuple[str, str]:
+        return self.report.settings.kv
+
+    @property
+    def placement(self) -> str:
+        return placement(self.report)
+
+    @property
+    def decode(self) -> float:
+        """Tokens per second, the usual guess with the context full; 0 where the card's rates are not known."""
+        return decode(self.report)
+
+    @property
+    def speed(self) -> Band | None:
+        """Tokens per second: low and usual with the context full, high while it is empty."""
+        return self.report.speed.decode_tps
+
+    @property
+    def bytes(self) -> int:
+        """What it needs on cards and in RAM together."""
+        return held(self.report)
+
+    @property
+    def generation(self) -> str:
+        """The model's year and family: "2024 Qwen2.5"."""
+        return f"{self.entry.release[:4]} {self.entry.family}"
+
+    @property
+    def rank(self) -> tuple:
+        """Sorts choices, the best first."""
+        step = self.setting.benchmark.step
+        return -round(self.quality[1] / step), -self.decode, self.bytes, self.model, self.quant, self.kv
+
+    @property
+    def repository(self) -> str:
+        """The checkpoint on the hub: the one that was taught to follow instructions, where the scores are of that."""
+        names = (self.entry.hub_id, *(alias for alias in self.entry.aliases if "/" in alias))
+        taught = [name for name in names if {"instruct", "chat", "it"} & {*name.casefold().split("/")[-1].split("-")}]
+        return taught[0] if taught and not self.setting.base else names[0]
+
+    @property
+    def get(self) -> str:
+        """Shell lines that get the model and make the file that `command` runs."""
+        folder = self.repository.split("/")[-1]
+        lines = [f"llmlab fetch {self.repository} --folder {folder}"]
+        matrix = ""
+        if self.report.settings.importance:
+            lines.append(f"llmlab importance {folder} --out imatrix.gguf")
+            matrix = " --importance imatrix.gguf"
+        return "\n".join([*lines, f"llmlab quantize {folder} {file_of(self.command())} {self.quant}{matrix}"]) + "\n"
+
+    def command(self, engine: str | None = None) -> Command:
+        """What runs it in an engine: `report.command`."""
+        return self.report.command(engine)
+
+    def to_dict(self) -> dict:
+        """For `llmlab best --json`."""
+        s = self.report.settings
+        return {"model": self.model, "generation": self.generation, "quant": s.quant, "importance": s.importance,
+                "kv": list(s.kv), "placement": self.placement, "gpu_layers": self.report.gpu_layers,
+                "n_cpu_moe": self.report.n_cpu_moe, "quality": list(self.quality), "published": list(self.published),
+                "lost": list(self.lost), "decode_tps": self.speed and list(self.speed), "bytes": self.bytes, "why": self.why,
+                "changes": self.changes, "get": self.get, "command": self.command().text}
+
+    def __repr__(self) -> str:
+        return f"<{self.model} {self.quant}: {self.why}>"
+
+
+def file_of(command: Command) -> str:
+    """The GGUF that a llama.cpp command loads."""
+    words = command.text.split()
+    return words[words.index("--model") + 1]
+
+
+@dataclass(frozen=True, repr=False)
+class Unknown:
+    """A model that keeps to every limit and that the setting does not score: in its most faithful quant that does.
+    `elsewhere`: the task's settings that do score it."""
+
+    entry: Entry
+    report: Report
+    setting: Setting
+    elsewhere: tuple[Setting, ...]
+
+    @property
+    def model(self) -> str:
+        return self.entry.id
+
+    @property
+    def order(self) -> tuple:
+        """Those with scores somewhere first, then the newest: no judgement of quality."""
+        return not self.elsewhere, *(-ord(c) for c in self.entry.release), self.model
+
+    def beside(self, others: Sequence[str]) -> "list[Beside]":
+        """Comparisons with other models in settings that score both."""
+        return [Beside(self.model, other, setting) for setting in self.elsewhere for other in others if other in setting.scores]
+
+    def __repr__(self) -> str:
+        scores = "".join(f", {_score(s.scores[self.model][1])} in {s.name}" for s in self.elsewhere[:3])
+        return f"<{self.model} {self.report.settings.quant}: not scored in {self.setting.name}{scores}>"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Two models that one setting scores, unquantized."""
+
+    model: str
+    other: str
+    setting: Setting
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        return self.setting.scores[self.model][1], self.setting.scores[self.other][1]
+
+    @property
+    def better(self) -> bool:
+        return self.scores[0] > self.scores[1]
+
+    def __str__(self) -> str:
+        (first, second), names = self.scores, catalog.entries()
+        return (f"{names[self.model].name} {_score(first)} to {names[self.other].name}'s {_score(second)} "
+                f"in {self.setting.name}, {_cut(self.setting.source)}")
+
+
+@dataclass(frozen=True)
+class Near:
+    """What failed by one limit ("memory", "speed", "quality") and came nearest to it, of one model."""
+
+    limit: str
+    entry: Entry
+    report: Report
+    quality: Band | None
+
+
+def ranked(choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """The choices in order, with their reasons."""
+    ordered = sorted(choices, key=lambda choice: choice.rank)
+    first: dict[str, Choice] = {}
+    for choice in ordered:
+        first.setdefault(choice.model, choice)
+    leaders = list(first.values())
+    return tuple(replace(choice, why=_why(choice), changes=_changes(choice, leaders)) for choice in ordered)
+
+
+def _why(c: Choice) -> str:
+    name, best = c.setting.benchmark.name, _score(c.quality[1])
+    cache = "" if c.kv == ("f16", "f16") else f" with a {'/'.join(dict.fromkeys(c.kv))} cache"
+    scored = (f"{name} {_score(c.published[1])} as published" if c.lost[1] < 0.05 else
+              f"{name} {best} to expect, {_score(c.published[1])} as published less {_score(c.lost[1])} for {c.quant}{cache}")
+    speed = f"{_rate(c.decode)} tokens/s" if c.decode else "speed not known"
+    in_ram = c.report.devices["host"].needed
+    ram = f" ({format_bytes(in_ram, 1)} in RAM)" if c.report.cards and not c.placement.startswith("all") else ""
+    return f"{scored}; {speed}; {format_bytes(c.bytes, 1)}, {c.placement}{ram}"
+
+
+def _changes(c: Choice, leaders: Sequence[Choice]) -> str:
+    """Whom it cannot be told from, and the limits that would put it out."""
+    rivals = [one for one in leaders if one.model != c.model and _overlap(one.quality, c.quality)]
+    said = []
+    if rivals:
+        names = [one.entry.name for one in rivals[:2]]
+        more = f" and {len(rivals) - 2} more" if len(rivals) > 2 else ""
+        said.append(f"within the uncertainty of {', '.join(names)}{more}")
+    if c.decode:
+        said.append(f"out above {_rate(c.decode)} tokens/s asked")
+    spare = [d.free - d.high + d.returned for d in c.report.devices.values() if d.capacity]
+    if spare:
+        said.append(f"out with {format_bytes(max(min(spare), 0), 1)} less memory")
+    return "; ".join(said)
+
+
+def _overlap(one: Band, other: Band) -> bool:
+    return one[0] <= other[2] and other[0] <= one[2]
+
+
+COSTS: dict[str, tuple[str, Callable[[Choice], float]]] = {
+    "GiB": ("GiB", lambda choice: choice.bytes / GIB), "speed": ("tokens/s", lambda choice: -choice.decode)}
+
+
+class Advice(catalog.Listed):
+    """Ranked choices: `advice[0]`, `.answer`, `.table`; shown as the table.
+
+    `choices` are all, `leaders` each model's first; `unknown` fit and are not scored in the setting; `refused` counts models by
+    the limit they fail. The four add up to the models looked at.
+    """
+
+    def __init__(self, asked: Asked, cards: tuple[Gpu, ...], host: int | None, choices: tuple[Choice, ...],
+                 unknown: tuple[Unknown, ...], refused: dict[str, int], near: tuple[Near, ...], looked_at: int):
+        super().__init__(choices)
+        self.asked, self.cards, self.host = asked, cards, host
+        self.choices, self.unknown, self.refused, self.near, self.looked_at = choices, unknown, refused, near, looked_at
+
+    def _some(self, rows: Sequence[Choice]) -> "Advice":
+        return Advice(self.asked, self.cards, self.host, tuple(rows), self.unknown, self.refused, self.near, self.looked_at)
+
+    @property
+    def setting(self) -> Setting:
+        """The setting the scores are of: its name, source and date."""
+        return self.asked.setting
+
+    @property
+    def best(self) -> Choice:
+        """The first choice. Raises LabError, with the least that would do, where there is none."""
+        if not self.choices:
+            raise LabError(self.answer)
+        return self.choices[0]
+
+    @cached_property
+    def leaders(self) -> tuple[Choice, ...]:
+        """Each model's first choice, in order."""
+        first: dict[str, Choice] = {}
+        for choice in self.choices:
+            first.setdefault(choice.model, choice)
+        return tuple(first.values())
+
+    def frontier(self, against: str = "GiB") -> "Advice":
+        """The choices than which no other has more of quality and as little of memory (against="GiB"), or as many tokens per
+        second (against="speed"); cheapest first."""
+        if against not in COSTS:
+            raise UnknownName(f"frontier(against={str(against)[:40]!r}): there are {' and '.join(map(repr, COSTS))}")
+        cost = COSTS[against][1]
+        kept: list[Choice] = []
+        for choice in sorted(self.choices, key=lambda one: (cost(one), -one.quality[1], one.rank)):
+            if not kept or choice.quality[1] > kept[-1].quality[1]:
+                kept.append(choice)
+        return self._some(kept)
+
+    @cached_property
+    def comparisons(self) -> tuple[Beside, ...]:
+        """How the models that are not scored here did beside the first choice's where another setting scores both."""
+        return tuple(one for each in self.unknown for one in each.beside([self.choices[0].model])) if self.choices else ()
+
+    @cached_property
+    def table(self) -> catalog.Table:
+        """A row a model, in its first choice; the quality to expect and its range."""
+        return self.table_of(self.leaders)
+
+    def table_of(self, choices: Sequence[Choice]) -> catalog.Table:
+        """These choices as rows."""
+        return catalog.Table(({
+            "model": c.model, "generation": c.generation, "quant": c.quant, "cache": "/".join(dict.fromkeys(c.kv)),
+            "quality": c.quality[1], "range": f"{_score(c.quality[0])} to {_score(c.quality[2])}", "published": c.published[1],
+            "tokens/s": c.decode or None, "GiB": c.bytes / GIB, "placement": c.placement} for c in choices),
+            {"quality": "{:.1f}".format, "published": "{:g}".format, "tokens/s": _rate, "GiB": "{:.1f}".format})
+
+    @cached_property
+    def answer(self) -> str:
+        """Two or three sentences: what to take, how sure that is; or the least that would do."""
+        if not self.choices:
+            return self._nothing()
+        c, s = self.choices[0], self.setting
+        told = (f"For {self.asked.task} on {self._where()} take {c.entry.name} in {c.quant}: {c.why}. By {s.name}, {s.date}, "
+                f"it is between {_score(c.quality[0])} and {_score(c.quality[2])}{'' if s.sampled else ', chance not counted'}")
+        rivals = [one for one in self.leaders[1:] if one.quality[2] >= c.quality[0]]
+        if rivals:
+            told += f", too near to tell it from {rivals[0].entry.name} ({_score(rivals[0].quality[1])})"
+            told += f" and {len(rivals) - 1} more" if len(rivals) > 1 else ""
+        better = [one for one in self.comparisons if one.better]
+        return f"{told}. Not scored there, but ahead elsewhere: {better[0]}." if better else f"{told}."
+
+    def _where(self) -> str:
+        ram = f"{format_bytes(self.host, 0)} of RAM" if self.host else "RAM"
+        return f"{', '.join(card.name for card in self.cards)} with {ram}" if self.cards else ram
+
+    def _nothing(self) -> str:
+        """Which limit it failed by in the end, and the least that would do."""
+        a = self.asked
+        near = {limit: [one for one in self.near if one.limit == limit] for limit in ("quality", "speed", "memory")}
+        start = f"No model scored in {self.setting.name} keeps to all limits on {self._where()}"
+        if near["quality"]:
+            one = max(near["quality"], key=lambda one: one.quality[1])
+            told = f"{start}: the best to expect is {_score(one.quality[1])}, {_called(one)}, not {a.quality_floor:g}."
+        elif near["speed"]:
+            one = max(near["speed"], key=lambda one: decode(one.report))
+            rate = f"{_rate(decode(one.report))} tokens/s" if decode(one.report) else "a speed that is not known"
+            told = f"{start}: the quickest that fits is {_called(one)} with {rate}, not {a.min_speed:g}."
+        elif near["memory"]:
+            one = min(near["memory"], key=lambda one: held(one.report))
+            short = max(one.report.devices.values(), key=lambda d: d.high - d.returned - d.free)
+            told = (f"{start}: the smallest is {_called(one)}, which needs {format_bytes(short.high - short.returned)} of "
+                    f"{format_bytes(short.free)} ({short.title}).")
+        else:
+            told = f"{start}: {self._failed()}."
+        if self.unknown:
+            told += f" {len(self.unknown)} that it does not score fit, {self.unknown[0].entry.name} among them: `.unknown`."
+        return told
+
+    def _failed(self) -> str:
+        failed = [f"{count} fail by {limit}" for limit, count in self.refused.items() if count]
+        return ", ".join(failed) or "there are none to look at"
+
+    def to_dict(self) -> dict:
+        """What `llmlab best --json` prints: a choice a model, and the frontiers by model and quant."""
+        a, s = self.asked, self.setting
+        return {"answer": self.answer, "task": a.task, "context": a.context, "min_speed": a.min_speed,
+                "quality_floor": a.quality_floor, "languages": list(a.languages), "license": list(a.license),
+                "setting": {"benchmark": s.benchmark.name, "said": s.said, "source": s.source, "date": s.date},
+                "looked_at": self.looked_at, "choices": [choice.to_dict() for choice in self.leaders],
+                "frontiers": {name: [[c.model, c.quant, list(c.kv), c.quality[1], abs(cost(c))] for c in self.frontier(name)]
+                              for name, (_, cost) in COSTS.items()},
+                "unknown": [{"model": one.model, "quant": one.report.settings.quant, "decode_tps": one.report.speed.decode_tps,
+                             "elsewhere": [[each.name, each.source, each.scores[one.model][1]] for each in one.elsewhere]}
+                            for one in self.unknown],
+                "refused": self.refused, "comparisons": list(map(str, self.comparisons))}
+
+
+def _called(one: Near) -> str:
+    return f"{one.entry.name} in {one.report.settings.quant}"
+
+
+def _score(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}".removesuffix(".0")
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

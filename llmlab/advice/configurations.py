@@ -1,0 +1,163 @@
+"""In which quants, caches and placements a model fits and is quick enough: reports of llmlab.fit, the most faithful first.
+
+Dear questions come last: whether the weights alone are more than there is room for, and whether RAM could be read quickly
+enough, are asked before anything is laid out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..catalog import Entry
+from ..errors import LabError
+from ..fitting import Report, fit
+from ..hardware import Machine
+from ..memory import card_bytes, weights
+from ..placing import free_bytes
+from ..settings import LADDERS, quants_to_try
+from .losses import drift, importance_of
+
+CACHES = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"))
+"""Cache types of which the quality was measured and for which builds have kernels everywhere."""
+IN_PART, CACHES_IN_PART = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"), CACHES[:2]
+"""What is tried with a part in RAM: quants that processors multiply quickly. Each placement is laid out, which takes time."""
+USUAL_RAM = "32 GiB"
+MOST = 10**6         # layers; more than any model has: all of them
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A quant and a cache; `nats`: how far Llama 3 8B drifts with them."""
+
+    quant: str
+    importance: bool
+    kv: tuple[str, str]
+    nats: float
+
+    @property
+    def settings(self) -> dict:
+        return {"quant": self.quant, "importance": self.importance, "kv": self.kv}
+
+
+class Model:
+    """A model asked for one machine and context; what fits is found as it is asked for.
+
+    Raises LabError where the question itself cannot be (no such card, a context that is no number).
+    """
+
+    def __init__(self, entry: Entry, gpu, context: int, host=None):
+        self.entry = entry
+        self.base = fit(entry.id, gpu, context=context, host=host, gpu_layers=MOST)
+
+    @property
+    def trained(self) -> bool:
+        """Whether it was trained for so long a context."""
+        return not self.base.beyond_training
+
+    @cached_property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """Every quant and cache whose cost was measured, the least costly first. No quant larger than the model came in."""
+        spec, found = self.base.spec, []
+        for quant in quants_to_try(spec, LADDERS["llama.cpp"]):
+            for kv in CACHES:
+                if (nats := drift(quant, kv, spec.published)) is not None:
+                    found.append(Recipe(quant, bool(importance_of(quant)) and quant != spec.published, kv, nats))
+        return tuple(sorted(found, key=lambda recipe: recipe.nats))
+
+    @cached_property
+    def in_part(self) -> tuple[Recipe, ...]:
+        """What is tried with a part in RAM, the smallest first."""
+        if not self.base.cards:
+            return ()
+        few = [r for r in self.recipes if r.quant in (*IN_PART, self.base.spec.published) and r.kv in CACHES_IN_PART]
+        return tuple(sorted(few, key=lambda r: (-r.nats, r.quant)))
+
+    def whole(self, recipe: Recipe) -> Report | None:
+        """The report with all of it on the cards, or, without any, in RAM; None where that does not fit."""
+        base, card = self.base, bool(self.base.cards)
+        try:
+            if card and card_bytes(base.spec, recipe.quant, recipe.importance) > self._room:
+                return None
+            report = base.with_(**recipe.settings)
+        except LabError:                     # a quant or a cache that this model's widths cannot have
+            return None
+        return report if report.fits else None
+
+    def partly(self, least: float) -> "Iterator[tuple[Recipe, Report]]":
+        """What fits with experts or layers in RAM, where not all of it fits the cards: the quickest way of each of few recipes,
+        the smallest first, until one is slower than `least` tokens per second: larger ones are slower still."""
+        for recipe in self.in_part:
+            if self.hopeless(recipe, least) or self.whole(recipe):
+                continue
+            report = max(self._parts(recipe), key=decode, default=None)
+            if report:
+                yield recipe, report
+                if decode(report) < least:
+                    return
+
+    def _parts(self, recipe: Recipe) -> "Iterator[Report]":
+        base = self.base
+        try:
+            if base.spec.experts:
+                moved = base.with_(**recipe.settings, n_cpu_moe="auto")
+                if moved.fits and (report := base.with_(**recipe.settings, n_cpu_moe=moved.n_cpu_moe)).fits:
+                    yield report
+                    return                   # layers take their attention to RAM, too
+            auto = base.with_(**recipe.settings, gpu_layers="auto")
+            most = auto.gpu_layers if auto.partial else self._certain(recipe)
+            if (report := base.with_(**recipe.settings, gpu_layers=most)).fits:
+                yield report
+        except LabError:
+            return
+
+    def _certain(self, recipe: Recipe) -> int:
+        """The most layers on the cards that certainly fit, where all of them may: "auto" then takes all."""
+        low, high = 0, self.base.layers - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.base.with_(**recipe.settings, gpu_layers=middle).fits:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    @property
+    def _room(self) -> int:
+        return sum(map(free_bytes, self.base.cards))
+
+    def hopeless(self, recipe: Recipe, least: float) -> bool:
+        """Whether what is left to RAM at least is more than there is, or than can be read `least` times a second. Of experts
+        only some are read."""
+        spec, host = self.base.spec, self.base.devices["host"]
+        w = weights(spec, recipe.quant, recipe.importance)
+        share = max(b.experts_used / b.experts for b in spec.blocks if b.experts) if spec.experts else 1.0
+        left = w.padded - w.embedding - self._room
+        return bool(host.capacity) and left > host.free or left * share * least > self.base.rates.ram[1]
+
+
+def usual_host(gpu) -> str | None:
+    """RAM where nobody says how much: what a computer has (None), or the usual beside a card that is only named."""
+    here = isinstance(gpu, Machine) or gpu in (None, (), []) or isinstance(gpu, str) and gpu.strip().lower() == "none"
+    return None if here else USUAL_RAM
+
+
+def placement(report: Report) -> str:
+    """Where a report's layers are, in words."""
+    if not report.cards:
+        return "in RAM"
+    card = "card" if len(report.cards) == 1 else "cards"
+    if report.gpu_layers < report.layers:
+        return f"{report.gpu_layers} of {report.layers} layers on the {card}"
+    if report.n_cpu_moe:
+        return f"experts of {report.n_cpu_moe} of {len(report.spec.blocks)} blocks in RAM"
+    return f"all on the {card}"
+
+
+def decode(report: Report) -> float:
+    """Tokens per second, the usual guess; 0 where a card's rates are not known."""
+    return report.speed.decode_tps[1] if report.speed.decode_tps else 0.0
+
+
+def held(report: Report) -> int:
+    """Bytes that have to be there on all devices together."""
+    return sum(device.needed for device in report.devices.values())
