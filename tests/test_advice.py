@@ -249,6 +249,14 @@ def test_commands_run_what_was_chosen():
         assert "ollama run" in c.command("ollama")
 
 
+def test_what_llmlab_does_not_convert_llama_cpp_does():
+    from llmlab.advice.answer import CONVERTED
+    from llmlab.converting.origins import KNOWN
+    assert set(CONVERTED) == set(KNOWN)
+    phi = asked("gtx-1060-6gb", ("phi-4",), task="tools").best
+    assert "convert_hf_to_gguf.py phi-4 --outtype bf16" in phi.get and phi.get.rstrip().endswith(f".gguf {phi.quant}")
+
+
 def test_nothing_fits_is_no_error_and_says_the_least_that_would():
     high = asked(quality_floor=99)
     assert not high.choices and len(high) == 0 and "the best to expect is 84.8" in high.answer

@@ -17,6 +17,10 @@ from ..units import GIB, format_bytes
 from .configurations import decode, held, placement
 from .published import Band, Setting
 
+CONVERTED = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "gemma2", "gemma3",
+             "gemma3_text")
+"""Families (model_type) that llmlab itself makes a GGUF of: `converting` says so, and imports torch."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -99,14 +103,23 @@ class Choice:
 
     @property
     def get(self) -> str:
-        """Shell lines that get the model and make the file that `command` runs."""
-        folder = self.repository.split("/")[-1]
+        """Shell lines that get the model and make the file that `command` runs: by llmlab, or by llama.cpp's own programs where
+        llmlab does not convert the family."""
+        folder, file, spec = self.repository.split("/")[-1], file_of(self.command()), self.report.spec
+        matrix = self.report.settings.importance
         lines = [f"llmlab fetch {self.repository} --folder {folder}"]
-        matrix = ""
-        if self.report.settings.importance:
-            lines.append(f"llmlab importance {folder} --out imatrix.gguf")
-            matrix = " --importance imatrix.gguf"
-        return "\n".join([*lines, f"llmlab quantize {folder} {file_of(self.command())} {self.quant}{matrix}"]) + "\n"
+        if self.entry.config.get("model_type") in CONVERTED:
+            lines += [f"llmlab importance {folder} --out imatrix.gguf"] * matrix
+            lines.append(f"llmlab quantize {folder} {file} {self.quant}{' --importance imatrix.gguf' * matrix}")
+        elif self.quant == spec.published:
+            lines.append(f"convert_hf_to_gguf.py {folder} --outfile {file}")
+        else:
+            full = file.replace(f"-{self.quant}.gguf", f"-{spec.dtype}.gguf")
+            lines.append(f"convert_hf_to_gguf.py {folder} --outtype {spec.dtype.lower()} --outfile {full}")
+            lines += [f"llama-imatrix -m {full} -f calibration.txt -o imatrix.gguf"] * matrix
+            if full != file:
+                lines.append(f"llama-quantize {'--imatrix imatrix.gguf ' * matrix}{full} {file} {self.quant}")
+        return "\n".join(lines) + "\n"
 
     def command(self, engine: str | None = None) -> Command:
         """What runs it in an engine: `report.command`."""

@@ -8,7 +8,8 @@ from itertools import chain
 from .. import catalog
 from ..catalog import Entry
 from ..errors import LabError
-from ..memory import weights
+from ..memory import check_settings, weights
+from ..shapes import model_spec
 from . import limits
 from .answer import Advice, Asked, Choice, Near, Unknown, ranked
 from .configurations import Model, decode, usual_host
@@ -36,6 +37,7 @@ def best(gpu_or_machine, task: str = "coding", context: int = 8192, min_speed: f
     in one line for what cannot be; a question that nothing answers is no error: `.answer` says the least that would do.
     """
     entries = _entries(models)
+    check_settings(context)
     asked = Asked(task, setting_of(task, setting), context, _number("min_speed", min_speed, "tokens per second, like 5") or 0.0,
                   _number("quality_floor", quality_floor, "the least score, like 70"), limits.languages(languages),
                   limits.licences(license))
@@ -46,10 +48,10 @@ def best(gpu_or_machine, task: str = "coding", context: int = 8192, min_speed: f
     host = usual_host(gpu_or_machine) if host is None else host
     tried: list[Model] = []
     for entry in entries:
-        model = Model(entry, gpu_or_machine, context, host)
-        tried.append(model)
-        limit = _plain_limit(entry, model, asked)
+        limit = _plain_limit(entry, asked)
         if not limit:
+            model = Model(entry, gpu_or_machine, context, host)
+            tried.append(model)
             found, limit, nearest = _one(entry, model, asked)
             near += nearest
             if found:
@@ -58,7 +60,7 @@ def best(gpu_or_machine, task: str = "coding", context: int = 8192, min_speed: f
         refused[limit] += 1
     if not choices and not near:
         near = _smallest(tried)
-    base = tried[0].base
+    base = (tried or [Model(entries[0], gpu_or_machine, context, host)])[0].base
     return Advice(asked, base.cards, base.host, ranked(choices), tuple(sorted(unknown, key=lambda one: one.order)),
                   dict(refused), tuple(near), len(entries))
 
@@ -86,13 +88,13 @@ def _number(name: str, given, like: str) -> float | None:
     return number
 
 
-def _plain_limit(entry: Entry, model: Model, asked: Asked) -> str | None:
+def _plain_limit(entry: Entry, asked: Asked) -> str | None:
     """The limit that the model itself does not keep to, whatever the quant."""
     if asked.license and entry.license not in asked.license:
         return "license"
     if asked.languages and limits.speaks(entry, asked.languages) is False:
         return "languages"
-    return None if model.trained else "context"
+    return "context" if asked.context > (model_spec(entry.id).context_train or asked.context) else None
 
 
 def _one(entry: Entry, model: Model, asked: Asked) -> tuple[list, str, list[Near]]:

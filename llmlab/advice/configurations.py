@@ -19,8 +19,8 @@ from .losses import drift, importance_of
 
 CACHES = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"))
 """Cache types of which the quality was measured and for which builds have kernels everywhere."""
-IN_PART, CACHES_IN_PART = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"), CACHES[:2]
-"""What is tried with a part in RAM: quants that processors multiply quickly. Each placement is laid out, which takes time."""
+IN_PART, CACHES_IN_PART = ("Q6_K", "Q4_K_M", "Q3_K_M"), CACHES[:2]
+"""What is tried with a part in RAM: few quants, of those that processors multiply quickly; each takes time to lay out."""
 USUAL_RAM = "32 GiB"
 MOST = 10**6         # layers; more than any model has: all of them
 
@@ -48,11 +48,6 @@ class Model:
     def __init__(self, entry: Entry, gpu, context: int, host=None):
         self.entry = entry
         self.base = fit(entry.id, gpu, context=context, host=host, gpu_layers=MOST)
-
-    @property
-    def trained(self) -> bool:
-        """Whether it was trained for so long a context."""
-        return not self.base.beyond_training
 
     @cached_property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -84,31 +79,30 @@ class Model:
         return report if report.fits else None
 
     def partly(self, least: float) -> "Iterator[tuple[Recipe, Report]]":
-        """What fits with experts or layers in RAM, where not all of it fits the cards: the quickest way of each of few recipes,
-        the smallest first, until one is slower than `least` tokens per second: larger ones are slower still."""
+        """What fits with experts or layers in RAM, where not all of it fits the cards: one way of each of few recipes, the
+        smallest first, until one is slower than `least` tokens per second: larger ones are slower still."""
         for recipe in self.in_part:
             if self.hopeless(recipe, least) or self.whole(recipe):
                 continue
-            report = max(self._parts(recipe), key=decode, default=None)
-            if report:
+            if report := self._part(recipe):
                 yield recipe, report
                 if decode(report) < least:
                     return
 
-    def _parts(self, recipe: Recipe) -> "Iterator[Report]":
+    def _part(self, recipe: Recipe) -> Report | None:
+        """With as few experts in RAM as must be; where that is no way, as few layers, which take their attention along."""
         base = self.base
         try:
             if base.spec.experts:
                 moved = base.with_(**recipe.settings, n_cpu_moe="auto")
                 if moved.fits and (report := base.with_(**recipe.settings, n_cpu_moe=moved.n_cpu_moe)).fits:
-                    yield report
-                    return                   # layers take their attention to RAM, too
+                    return report
             auto = base.with_(**recipe.settings, gpu_layers="auto")
             most = auto.gpu_layers if auto.partial else self._certain(recipe)
-            if (report := base.with_(**recipe.settings, gpu_layers=most)).fits:
-                yield report
+            report = base.with_(**recipe.settings, gpu_layers=most)
         except LabError:
-            return
+            return None
+        return report if report.fits else None
 
     def _certain(self, recipe: Recipe) -> int:
         """The most layers on the cards that certainly fit, where all of them may: "auto" then takes all."""
