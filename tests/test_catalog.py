@@ -46,6 +46,7 @@ def test_nothing_is_missing():
     assert len(catalog.overheads()) == 109
     assert [len(table(name)) for name in ("quality_llama3_8b.csv", "measured_speeds.csv", "benchmark_scores.csv")] \
         == [34, 66, 692]
+    assert len(catalog.scores()) == 692 and len(catalog.mmlu_by_quant()) == len(table("mmlu_by_quant_llama3.csv")) == 33
 
 
 def test_ids_are_unique_and_kebab_case():
