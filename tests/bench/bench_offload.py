@@ -411,6 +411,8 @@ def kept(found: dict) -> dict:
     """Everything, as JSON has it. No paths."""
     hidden = ("job", "files")
     race = [{key: value for key, value in asdict(racer).items() if key not in hidden} for racer in found.get("race", ())]
+    for row in race:
+        row["about"].pop("read_from", None)
     return found | ({"race": race} if race else {}) | {"wanted": wanted(found)}
 
 
