@@ -179,3 +179,16 @@ def test_few_rows_by_codes_are_the_same_to_the_bit(tiny, monkeypatch, words):
     assert "by the codes of" in made.why and made.even(5) == made._filled(5)
     if made.few:
         assert [made.even(count) for count in (1, 3, 4)] == [1, 3, 4] and made.bytes > Matrices(decoder, True).bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_of_rows_are_alike_wherever_they_stand(dtype):
+    """A row of bfloat16 alone differs from the same among others in few of its results, where it does (oneDNN on AVX-512)."""
+    random = torch.Generator().manual_seed(7)
+    x, matrix = (torch.randn(many, 1536, generator=random).to(dtype) for many in (300, 576))
+    many, found = torch.mm(x, matrix.T), matrices._numbers_alike.__wrapped__(576, 1536, dtype)
+    numbers = [n for n in range(1, 33) if found >> n & 1]
+    assert numbers
+    for n in numbers:
+        for at in (0, 5, 31, 100, 201, 267):
+            assert torch.equal(torch.mm(x[at:at + n].clone(), matrix.T), many[at:at + n]), (n, at)

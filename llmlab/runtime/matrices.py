@@ -69,7 +69,7 @@ class Matrices:
         self.alike, self.few = None, 0
         if decoder.device.type == "cpu":
             kinds = {(min(one.rows, _ROWS), one.cols) for one in _matrices(weights)}
-            self.alike = [n for n in _MEASURED if all(_multiplied_alike(*kind, dtype) >> n & 1 for kind in kinds)]
+            self.alike = [n for n in _MEASURED if all(_numbers_alike(*kind, dtype) >> n & 1 for kind in kinds)]
         if self.alike is not None and any(shape.experts for shape in self.shapes):      # each gets as many rows as chose it
             self.multiply = partial(_filled_up, self.multiply, self.even)
         elif compile and self.bytes and self.alike and dtype == torch.float32 and SHARE * wanted <= free - wanted:
@@ -174,12 +174,14 @@ def _matrices(weights: Weights) -> Iterator[Packed | Words]:
 
 
 @remembered
-def _multiplied_alike(rows: int, cols: int, dtype: torch.dtype) -> int:
-    """The sum of 2^n for numbers n of rows of x that are multiplied by a matrix [rows, cols] as many are, to the bit."""
+def _numbers_alike(rows: int, cols: int, dtype: torch.dtype) -> int:
+    """The sum of 2^n for numbers n of rows of x that are multiplied by a matrix [rows, cols] as many are, to the bit. Many
+    rows are looked at: 16 bits hide most differences of sums, so that one may be the same by chance."""
     random = torch.Generator().manual_seed(0)
     x, matrix = (torch.randn(many, cols, generator=random).to(dtype) for many in (_MANY, rows))
     y = torch.mm(x, matrix.T)
-    return sum(1 << n for n in _MEASURED if torch.equal(torch.mm(x[:n].clone(), matrix.T), y[:n]))
+    return sum(1 << n for n in _MEASURED if all(torch.equal(torch.mm(x[at:at + n].clone(), matrix.T), y[at:at + n])
+                                                for at in range(0, max(n, _FEW) - n + 1, n)))
 
 
 def _free(device: torch.device) -> int:
