@@ -252,7 +252,7 @@ def test_a_form_that_would_take_for_ever_is_ended(small):
         constraint(small["bpe"], hostile)
 
 
-def test_what_is_wrong_with_each_of_several(small):
+def test_what_is_wrong_with_each_of_several(small, plain_depth):
     """In one trial: what comes after one that ends it is as one that asks for too much itself."""
     odd = {"type": "array", "uniqueItems": True, "items": {"type": "boolean"}}
     said = faults([({"type": "integer"}, False), (odd, False), (odd, True), ({"type": "objekt"}, True), (nested(900), False),

@@ -400,10 +400,13 @@ def test_several_threads_wait_for_one(made, engine):
     assert len(found) == 5 and len({answer.text for answer in found}) == 1
 
 
-def test_closing_stops_what_runs_and_refuses_what_comes(made):
+def test_closing_stops_what_runs_and_refuses_what_comes(made, monkeypatch):
     engine = Engine(made[0], made[1], memory="2 MiB")
+    read = engine.batcher.read
+    monkeypatch.setattr(engine.batcher, "read", lambda *given: time.sleep(0.01) or read(*given))     # nobody is through by then
     jobs = [engine.submit(tokens(made, "Once"), Options(temperature=1.5, top_k=0, max_tokens=400)) for _ in range(5)]
-    next(jobs[0])
+    for job in jobs:        # one that is not taken up yet is refused
+        next(job)
     engine.close()
     engine.close()
     assert all(job.result(10).ended in ("stopped", "end of turn") for job in jobs)
