@@ -216,6 +216,7 @@ def quality_picture() -> dict:
     }
 
 
+_BESIDE = {"f16/q8_0": "bottom right", "q5_1/q5_1": "bottom left"}      # whose words would lie on a neighbour's
 _NAMED = {"q8_0/q8_0", "q5_1/q5_1", "q4_0/q4_0", "q8_0/q4_0", "q4_0/q8_0"}
 
 
@@ -224,7 +225,7 @@ def _points(rows: list[Quality], name: str, colour: str, symbol: str, named: set
         "type": "scatter", "mode": "markers+text", "name": name, "x": [row.bits for row in rows],
         "y": [row.mean_kld for row in rows], "showlegend": bool(rows),
         "text": [_pair(row.what) if row.what in named else "" for row in rows],
-        "textposition": ["bottom right" if row.what.startswith("f16/q8") else "top right" for row in rows],
+        "textposition": [_BESIDE.get(row.what, "top right") for row in rows],
         "textfont": {"size": 11, "color": GREY}, "marker": {"color": colour, "symbol": symbol, "size": 9},
         "customdata": [f"{name}: K and V in {row.what}, {row.bits:.3g} bits, KLD {row.mean_kld:.4g}" for row in rows],
         "hovertemplate": "%{customdata}<extra></extra>"}

@@ -87,7 +87,7 @@ def tiers_picture(look: Look) -> dict:
     return {
         "data": [*(_kind(*about, placed[kind], gap, unit) for kind, about in (*TIERS.items(), *BESIDE.items())),
                  _budgets(room, longest, unit)],
-        "layout": layout(height=360, barmode="overlay", bargap=0.3, margin={"l": 12, "r": 16, "t": 64, "b": 44},
+        "layout": layout(height=420, barmode="overlay", bargap=0.3, margin={"l": 12, "r": 16, "t": 64, "b": 44},
                          hovermode="closest",
                          xaxis={"range": [0, 1.03 * _furthest(room, longest) / unit], "nticks": 9, "title": {
                              "text": f"{name}: each block is a layer", "font": _AXIS, "standoff": 4}},

@@ -252,7 +252,7 @@ class Notebook:
             panel.screenshot(path=picture.with_name(f"{picture.name}-{theme.split()[1].lower()}.png"))
             seen = self.contrast(where)
             assert len(seen) > texts and [pair for pair in seen if pair[1] < READABLE] == [], theme
-            assert self.overflow(where) == []
+            assert not (found := self.overflow(where)), (theme, found)
             chart, whole = (self.page.locator(f"{where}{part}").first.bounding_box() for part in (" .main-svg", ""))
             assert chart["width"] > 0.97 * whole["width"]
         self.theme(THEMES[0])
