@@ -34,7 +34,8 @@ def test_all_read_the_same_text_with_the_same_model(raced):
     llama, whole, fast = map(raced.lane, ("llama.cpp", "transformers", "fast"))
     assert 1e-5 < llama.kld_prefill < 0.05 and 1e-5 < llama.kld_decode < 0.05 and llama.top1 > 0.8
     assert abs(whole.kld_prefill) < 1e-8 and abs(whole.kld_decode) < 1e-8
-    assert abs(fast.kld_prefill) < 1e-8 and abs(fast.kld_decode) < 1e-8
+    near = 1e-8 if fast.dtype == "float32" else 0.01        # bfloat16 where the processor is quick with it
+    assert abs(fast.kld_prefill) < near and abs(fast.kld_decode) < near
 
 
 def test_llama_cpp_holds_about_the_file(raced, smollm2):
