@@ -116,7 +116,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_package_its_data_and_its_notebooks_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         sizes = {item.filename: item.file_size for item in archive.infolist()}
-    for source in (*(TOP / "data").iterdir(), *(TOP / "notebooks").rglob("*.ipynb"), *(TOP / "llmlab").rglob("*.py")):
+    data = [path for path in (TOP / "data").rglob("*") if path.is_file()]
+    for source in (*data, *(TOP / "notebooks").rglob("*.ipynb"), *(TOP / "llmlab").rglob("*.py")):
         if any(part.startswith((".", "__pycache__")) for part in source.relative_to(TOP).parts):
             continue
         inside = source.relative_to(TOP).as_posix()
