@@ -8,11 +8,22 @@ so that there is one way to count. Tensor names and shapes follow llama.cpp's lo
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from .errors import BadConfig
 
 MAX_LAYERS = 1024
 MAX_ELEMENTS = 2**50     # of a whole model: a thousand times the largest published one
+
+
+@lru_cache(maxsize=2**15)
+def _parted(name: str) -> tuple[int, str]:
+    """(block, name without it) of a tensor; (-1, name) outside the blocks. Models share most names."""
+    if name.startswith("blk."):
+        number, dot, rest = name[4:].partition(".")
+        if dot and number.isascii() and number.isdecimal() and len(number) < 8:
+            return int(number), "." + rest
+    return -1, name
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +40,7 @@ class Tensor:
     bare: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self):
-        layer, bare = -1, self.name
-        if bare.startswith("blk."):                  # read once here: a fit asks for it thousands of times
-            number, dot, rest = bare[4:].partition(".")
-            if dot and number.isascii() and number.isdecimal() and len(number) < 8:
-                layer, bare = int(number), "." + rest
+        layer, bare = _parted(self.name)             # read once here: a fit asks for it thousands of times
         object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "bare", bare)
 

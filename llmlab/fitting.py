@@ -13,7 +13,7 @@ from .beside import anything, beside_terms, rows_drafted
 from .catalog import Gpu
 from .errors import LabError
 from .memory import Term, cache_bytes, weights
-from .overhead import Measured
+from .overhead import Measured, overhead_term
 from .placing import NOWHERE, Here, assignment, free_bytes, placed_terms, whole_terms
 from .rates import USUAL, Rates, host_named, of_machine
 from .reserving import Reservation, check_parallel, reservations, vllm_terms
@@ -272,16 +272,43 @@ def fit(spec, gpu=None, quant: str | None = None, context: int = 8192, kv: str |
     Raises LabError in one line for anything that cannot be.
     """
     spec = model_spec(spec)
+    return place(gpu, host).fit(spec, check(spec, dict(
+        quant=quant, context=context, kv=kv, engine=engine, gpu_layers=gpu_layers, n_cpu_moe=n_cpu_moe, split=split,
+        sequences=sequences, batch=batch, ubatch=ubatch, flash_attention=flash_attention, importance=importance,
+        swa_full=swa_full, unified=unified, display=display, utilization=utilization, projector=projector, draft=draft,
+        draft_quant=draft_quant, mtp=mtp)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where models are to run: cards, bytes of RAM (None: no limit), the computer where it is a certain one, and what its RAM
+    delivers."""
+
+    cards: tuple[Gpu, ...]
+    host: int | None
+    machine: "hardware.Machine | None"
+    rates: Rates
+
+    @cached_property
+    def room(self) -> int:
+        """Bytes on all cards together that certainly are a model's under llama.cpp: what is free, less what lies there beside."""
+        here = _here(self.machine, self.cards)
+        return sum(free_bytes(card) - overhead_term(card, "", cards=len(self.cards), measured=here.measured_on(card)).high
+                   for card in self.cards)
+
+    def fit(self, spec: ModelSpec, settings: Settings) -> Report:
+        """The report of settings that were checked."""
+        return _report(spec, self.cards, settings, self.host, self.machine, self.rates)
+
+
+def place(gpu=None, host=None) -> Place:
+    """What `fit` takes as `gpu` and `host`. Raises LabError."""
     cards, ram, machine = _cards(gpu)
     rates = of_machine(machine) if machine else USUAL
     if host is not None:
         ram, named = _host(host)
         rates = named or rates
-    return _report(spec, cards, check(spec, dict(
-        quant=quant, context=context, kv=kv, engine=engine, gpu_layers=gpu_layers, n_cpu_moe=n_cpu_moe, split=split,
-        sequences=sequences, batch=batch, ubatch=ubatch, flash_attention=flash_attention, importance=importance,
-        swa_full=swa_full, unified=unified, display=display, utilization=utilization, projector=projector, draft=draft,
-        draft_quant=draft_quant, mtp=mtp)), ram, machine, rates)
+    return Place(cards, ram, machine, rates)
 
 
 def _host(given) -> tuple[int | None, Rates | None]:
@@ -404,7 +431,12 @@ def _host_device(cards: tuple[Gpu, ...], on_cards: dict[str, Device], host: int 
                       *sums)
     if host is None:
         return Device("host", "RAM", 0, max(sums), *sums)
-    return Device("host", "RAM", host, max(host - min(HOST_RESERVE, host // 8), 0), *sums)
+    return Device("host", "RAM", host, left_to_models(host), *sums)
+
+
+def left_to_models(host: int) -> int:
+    """Bytes of RAM without what the system itself keeps."""
+    return max(host - min(HOST_RESERVE, host // 8), 0)
 
 
 def _speed(ask: Question, gpu_layers: int, devices: dict[str, Device]) -> Speed:
@@ -416,4 +448,4 @@ def _speed(ask: Question, gpu_layers: int, devices: dict[str, Device]) -> Speed:
     return speed(ask.spec, ask.s, ask.w, ask.c, ask.cards, where, ask.rates, over, short)
 
 
-__all__ = ["Device", "QUANT_LADDER", "Report", "fit"]
+__all__ = ["Device", "Place", "QUANT_LADDER", "Report", "fit", "left_to_models", "place"]

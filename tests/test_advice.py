@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 import llmlab
 from llmlab import catalog, cli
 from llmlab.advice import TASKS, setting_of, settings_of
+from llmlab.advice.configurations import Model
 from llmlab.advice.limits import languages, licences, speaks
 from llmlab.advice.losses import drift, expected, growth, share_lost, share_of_drift, times
 from llmlab.advice.published import Benchmark
 from llmlab.errors import LabError, UnknownName
-from llmlab.fitting import fit
+from llmlab.fitting import fit, place
 from llmlab.units import GIB
 
 FEW = ("qwen2.5-7b", "qwen2.5-14b", "qwen2.5-3b", "llama-3.1-8b", "gemma-2-9b", "qwen2.5-coder-7b", "qwen3-8b", "qwen3-30b-a3b",
@@ -237,6 +238,20 @@ def test_reasons_name_the_score_the_loss_and_the_limits():
     row = asked().table[0]
     assert row["model"] == c.model and row["range"] == f"{c.quality[0]:.1f} to {c.quality[2]:.1f}"
     assert repr(asked()) == repr(asked().table) and asked().answer.startswith("For coding on GeForce RTX 3060 12GB with 32 GiB")
+
+
+@pytest.mark.parametrize("card", [*CARDS, "apple-m1-max-32c", ("rtx-3060-12gb", "gtx-1060-6gb"), None])
+def test_nothing_that_fits_is_ruled_out_unseen(card):
+    """What is not laid out, because weights and cache alone are too much, would not have fitted."""
+    where = place(list(card) if isinstance(card, tuple) else card, "32 GiB")
+    for name in FEW:
+        model = Model(catalog.entry(name), where, 8192)
+        for recipe in model.recipes[::5]:
+            try:
+                fits = model.report(recipe).fits
+            except LabError:
+                fits = False
+            assert (model.whole(recipe) is not None) == fits, (name, recipe)
 
 
 def test_commands_run_what_was_chosen():

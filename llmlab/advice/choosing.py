@@ -8,6 +8,7 @@ from itertools import chain
 from .. import catalog
 from ..catalog import Entry
 from ..errors import LabError
+from ..fitting import place
 from ..memory import check_settings, weights
 from ..shapes import model_spec
 from . import limits
@@ -45,12 +46,12 @@ def best(gpu_or_machine, task: str = "coding", context: int = 8192, min_speed: f
     unknown: list[Unknown] = []
     refused = Counter(dict.fromkeys(REFUSED, 0))
     near: list[Near] = []
-    host = usual_host(gpu_or_machine) if host is None else host
+    where = place(gpu_or_machine, usual_host(gpu_or_machine) if host is None else host)
     tried: list[Model] = []
     for entry in entries:
         limit = _plain_limit(entry, asked)
         if not limit:
-            model = Model(entry, gpu_or_machine, context, host)
+            model = Model(entry, where, context)
             tried.append(model)
             found, limit, nearest = _one(entry, model, asked)
             near += nearest
@@ -60,8 +61,7 @@ def best(gpu_or_machine, task: str = "coding", context: int = 8192, min_speed: f
         refused[limit] += 1
     if not choices and not near:
         near = _smallest(tried)
-    base = (tried or [Model(entries[0], gpu_or_machine, context, host)])[0].base
-    return Advice(asked, base.cards, base.host, ranked(choices), tuple(sorted(unknown, key=lambda one: one.order)),
+    return Advice(asked, where.cards, where.host, ranked(choices), tuple(sorted(unknown, key=lambda one: one.order)),
                   dict(refused), tuple(near), len(entries))
 
 
@@ -138,11 +138,11 @@ def _failed(model: Model, slow: list[Near], asked: Asked) -> tuple[list, str, li
 
 def _smallest(models: Iterable[Model]) -> list[Near]:
     """Of models that fit nowhere the one that takes least, in what it takes least in."""
-    sizes = [(weights(m.base.spec, r.quant, r.importance).padded, m, r) for m in models for r in m.recipes[-1:]]
+    sizes = [(weights(m.spec, r.quant, r.importance).padded, m, r) for m in models for r in m.recipes[-1:]]
     if not sizes:
         return []
     _, model, recipe = min(sizes, key=lambda one: one[0])
-    return [Near("memory", model.entry, model.base.with_(**recipe.settings), None)]
+    return [Near("memory", model.entry, model.report(recipe), None)]
 
 
 def _elsewhere(entry: Entry, asked: Asked) -> tuple[Setting, ...]:

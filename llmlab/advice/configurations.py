@@ -10,11 +10,12 @@ from functools import cached_property
 
 from ..catalog import Entry
 from ..errors import LabError
-from ..fitting import Report, fit
+from ..fitting import Place, Report, left_to_models
 from ..hardware import Machine
-from ..memory import card_bytes, weights
+from ..memory import cache_bytes, card_bytes, weights
 from ..placing import free_bytes
-from ..settings import LADDERS, quants_to_try
+from ..settings import LADDERS, Settings, check, quants_to_try
+from ..shapes import ModelSpec, model_spec
 from .losses import drift, importance_of
 
 CACHES = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"))
@@ -42,17 +43,23 @@ class Recipe:
 class Model:
     """A model asked for one machine and context; what fits is found as it is asked for.
 
-    Raises LabError where the question itself cannot be (no such card, a context that is no number).
+    Raises LabError where the question itself cannot be (a context that is no number).
     """
 
-    def __init__(self, entry: Entry, gpu, context: int, host=None):
-        self.entry = entry
-        self.base = fit(entry.id, gpu, context=context, host=host, gpu_layers=MOST)
+    def __init__(self, entry: Entry, place: Place, context: int):
+        self.entry, self.place = entry, place
+        self.spec: ModelSpec = model_spec(entry.id)
+        usual = Settings("Q4_K_M", gpu_layers=MOST)
+        self.asked = check(self.spec, {**usual.__dict__, "context": context})
+
+    def report(self, recipe: Recipe, **more) -> Report:
+        """In a recipe, with `more` settings of a fit; as many layers on the cards as there are where they do not say."""
+        return self.place.fit(self.spec, check(self.spec, {**self.asked.__dict__, **recipe.settings, **more}))
 
     @cached_property
     def recipes(self) -> tuple[Recipe, ...]:
         """Every quant and cache whose cost was measured, the least costly first. No quant larger than the model came in."""
-        spec, found = self.base.spec, []
+        spec, found = self.spec, []
         for quant in quants_to_try(spec, LADDERS["llama.cpp"]):
             for kv in CACHES:
                 if (nats := drift(quant, kv, spec.published)) is not None:
@@ -62,18 +69,17 @@ class Model:
     @cached_property
     def in_part(self) -> tuple[Recipe, ...]:
         """What is tried with a part in RAM, the smallest first."""
-        if not self.base.cards:
+        if not self.place.cards:
             return ()
-        few = [r for r in self.recipes if r.quant in (*IN_PART, self.base.spec.published) and r.kv in CACHES_IN_PART]
+        few = [r for r in self.recipes if r.quant in (*IN_PART, self.spec.published) and r.kv in CACHES_IN_PART]
         return tuple(sorted(few, key=lambda r: (-r.nats, r.quant)))
 
     def whole(self, recipe: Recipe) -> Report | None:
         """The report with all of it on the cards, or, without any, in RAM; None where that does not fit."""
-        base, card = self.base, bool(self.base.cards)
         try:
-            if card and card_bytes(base.spec, recipe.quant, recipe.importance) > self._room:
+            if self.place.cards and self._least(recipe) > self.place.room:
                 return None
-            report = base.with_(**recipe.settings)
+            report = self.report(recipe)
         except LabError:                     # a quant or a cache that this model's widths cannot have
             return None
         return report if report.fits else None
@@ -91,42 +97,56 @@ class Model:
 
     def _part(self, recipe: Recipe) -> Report | None:
         """With as few experts in RAM as must be; where that is no way, as few layers, which take their attention along."""
-        base = self.base
         try:
-            if base.spec.experts:
-                moved = base.with_(**recipe.settings, n_cpu_moe="auto")
-                if moved.fits and (report := base.with_(**recipe.settings, n_cpu_moe=moved.n_cpu_moe)).fits:
+            if self.spec.experts:
+                moved = self.report(recipe, n_cpu_moe="auto")
+                if moved.fits and (report := self.report(recipe, n_cpu_moe=moved.n_cpu_moe)).fits:
                     return report
-            auto = base.with_(**recipe.settings, gpu_layers="auto")
+            auto = self.report(recipe, gpu_layers="auto")
             most = auto.gpu_layers if auto.partial else self._certain(recipe)
-            report = base.with_(**recipe.settings, gpu_layers=most)
+            report = self.report(recipe, gpu_layers=most)
         except LabError:
             return None
         return report if report.fits else None
 
     def _certain(self, recipe: Recipe) -> int:
         """The most layers on the cards that certainly fit, where all of them may: "auto" then takes all."""
-        low, high = 0, self.base.layers - 1
+        low, high = 0, len(self.spec.layers)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.base.with_(**recipe.settings, gpu_layers=middle).fits:
+            if self.report(recipe, gpu_layers=middle).fits:
                 low = middle
             else:
                 high = middle - 1
         return low
 
+    def _least(self, recipe: Recipe) -> int:
+        """Bytes that certainly lie on the cards with all of it there: weights, cache and state."""
+        s = self.asked
+        cache = cache_bytes(self.spec, s.context, recipe.kv, ubatch=s.micro)
+        held = sum(cache.by_layer) + sum(cache.recurrent_by_layer)
+        return card_bytes(self.spec, recipe.quant, recipe.importance) + held
+
     @property
     def _room(self) -> int:
-        return sum(map(free_bytes, self.base.cards))
+        return sum(map(free_bytes, self.place.cards))
+
+    @cached_property
+    def _ram(self) -> int | None:
+        """Bytes of RAM that models may use, None: no limit; where a card shares it, what is left beside the model as asked."""
+        if any(card.unified for card in self.place.cards):
+            host = self.place.fit(self.spec, self.asked).devices["host"]
+            return host.free if host.capacity else None
+        return None if self.place.host is None else left_to_models(self.place.host)
 
     def hopeless(self, recipe: Recipe, least: float) -> bool:
         """Whether what is left to RAM at least is more than there is, or than can be read `least` times a second. Of experts
         only some are read."""
-        spec, host = self.base.spec, self.base.devices["host"]
+        spec, ram = self.spec, self._ram
         w = weights(spec, recipe.quant, recipe.importance)
         share = max(b.experts_used / b.experts for b in spec.blocks if b.experts) if spec.experts else 1.0
         left = w.padded - w.embedding - self._room
-        return bool(host.capacity) and left > host.free or left * share * least > self.base.rates.ram[1]
+        return ram is not None and left > ram or left * share * least > self.place.rates.ram[1]
 
 
 def usual_host(gpu) -> str | None:

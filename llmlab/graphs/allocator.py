@@ -301,9 +301,9 @@ def compile_plan(graph: Graph, nodes: list[Tensor], leaves: list[Tensor], cards:
     for tensor in nodes:
         if tensor.at not in begins:
             begins[tensor.at] = len(c.steps), len(c.slots)
-        for source in tensor.src:
-            c.allocate(source)
-        c.allocate(tensor)
+        for source in (*tensor.src, tensor):
+            if source.root is None and id(source) not in c.done:
+                c.allocate(source)
         for source in tensor.src:
             c.used(source)
     terms = ",".join(_aligned(size, alignment, extra) for size, alignment, extra in c.sizes)

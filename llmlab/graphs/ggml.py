@@ -130,7 +130,9 @@ class Graph:
 
     def op(self, name: str, shape: tuple, type: str, *src: Tensor | None) -> Tensor:
         """The result of an operator: a new contiguous tensor. `shape`: up to four dimensions."""
-        made = Tensor(name, (*shape, 1, 1, 1)[:4], type, tuple(s for s in src if s is not None))
+        if None in src:
+            src = tuple(s for s in src if s is not None)
+        made = Tensor(name, (*shape, 1, 1, 1)[:4], type, src)
         made.label, made.at = self.label, self.at
         self._kept.append(made)
         return made
