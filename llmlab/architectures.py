@@ -373,17 +373,21 @@ def tensors(architecture: str, kv: dict, traits: Traits) -> tuple[Tensor, ...]:
                   for name in ("altup_proj", "altup_unembd_proj")]
     for block in blocks:
         for name, shape, type in _block(architecture, kv, traits, plan, block):
-            built.append(Tensor(f"blk.{block.index}.{name}", shape, type))
+            built.append(Tensor(f"blk.{block.index}.{name}", shape, type or _fixed(name, shape)))
     if sum(t.elements for t in built) > MAX_ELEMENTS:
         raise BadConfig(f"this would be a model of {sum(t.elements for t in built):.1e} weights; the config cannot be right")
     done = []
     for tensor in built:
         if min(tensor.shape) < 1:
             raise BadConfig(f"{tensor.name} would have the shape {tensor.shape}; the config leaves a size out")
-        fixed = tensor.type or ("F32" if len(tensor.shape) == 1 or tensor.name.endswith("_norm.weight")
-                                or not tensor.name.endswith(".weight") else None)
+        fixed = tensor.type or _fixed(tensor.name, tensor.shape)
         done.append(tensor if fixed == tensor.type else Tensor(tensor.name, tensor.shape, fixed))
     return tuple(done)
+
+
+def _fixed(name: str, shape: tuple[int, ...]) -> str | None:
+    """The type that the converter gives whatever the quant: vectors, norms and what is no weight stay in float32."""
+    return "F32" if len(shape) == 1 or name.endswith("_norm.weight") or not name.endswith(".weight") else None
 
 
 _Part = tuple[str, tuple[int, ...], str | None]

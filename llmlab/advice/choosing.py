@@ -13,7 +13,7 @@ from ..memory import check_settings, weights
 from ..shapes import model_spec
 from . import limits
 from .answer import Advice, Asked, Choice, Near, Unknown, ranked
-from .configurations import Model, decode, usual_host
+from .configurations import Model, decode, models_on, usual_host
 from .losses import expected
 from .published import Setting, setting_of, settings_of
 
@@ -47,11 +47,11 @@ def best(gpu_or_machine, task: str = "coding", context: int = 8192, min_speed: f
     refused = Counter(dict.fromkeys(REFUSED, 0))
     near: list[Near] = []
     where = place(gpu_or_machine, usual_host(gpu_or_machine) if host is None else host)
-    tried: list[Model] = []
+    model_of, tried = models_on(where, context), []
     for entry in entries:
         limit = _plain_limit(entry, asked)
         if not limit:
-            model = Model(entry, where, context)
+            model = model_of(entry)
             tried.append(model)
             found, limit, nearest = _one(entry, model, asked)
             near += nearest

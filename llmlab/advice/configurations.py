@@ -4,7 +4,7 @@ Dear questions come last: whether the weights alone are more than there is room 
 enough, are asked before anything is laid out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,6 +51,8 @@ class Model:
         self.spec: ModelSpec = model_spec(entry.id)
         usual = Settings("Q4_K_M", gpu_layers=MOST)
         self.asked = check(self.spec, {**usual.__dict__, "context": context})
+        self._whole: dict[Recipe, Report | None] = {}
+        self._partly: dict[Recipe, Report | None] = {}
 
     def report(self, recipe: Recipe, **more) -> Report:
         """In a recipe, with `more` settings of a fit; as many layers on the cards as there are where they do not say."""
@@ -76,6 +78,11 @@ class Model:
 
     def whole(self, recipe: Recipe) -> Report | None:
         """The report with all of it on the cards, or, without any, in RAM; None where that does not fit."""
+        if recipe not in self._whole:
+            self._whole[recipe] = self._on_cards(recipe)
+        return self._whole[recipe]
+
+    def _on_cards(self, recipe: Recipe) -> Report | None:
         try:
             if self.place.cards and self._least(recipe) > self.place.room:
                 return None
@@ -90,7 +97,9 @@ class Model:
         for recipe in self.in_part:
             if self.hopeless(recipe, least) or self.whole(recipe):
                 continue
-            if report := self._part(recipe):
+            if recipe not in self._partly:
+                self._partly[recipe] = self._part(recipe)
+            if report := self._partly[recipe]:
                 yield recipe, report
                 if decode(report) < least:
                     return
@@ -147,6 +156,29 @@ class Model:
         share = max(b.experts_used / b.experts for b in spec.blocks if b.experts) if spec.experts else 1.0
         left = w.padded - w.embedding - self._room
         return ram is not None and left > ram or left * share * least > self.place.rates.ram[1]
+
+
+_kept: list[tuple[Place, int, dict[str, Model]]] = []
+PLACES_KEPT = 4
+
+
+def models_on(place: Place, context: int) -> Callable[[Entry], Model]:
+    """What gives the model of an entry on a machine; what was laid out for the machines and contexts asked last is kept: other
+    limits, tasks and settings choose among the same."""
+    for at, (other, length, models) in enumerate(_kept):
+        if length == context and other == place:
+            _kept.insert(0, _kept.pop(at))
+            break
+    else:
+        models = {}
+        _kept[:] = [(place, context, models), *_kept[:PLACES_KEPT - 1]]
+
+    def model(entry: Entry) -> Model:
+        if entry.id not in models or models[entry.id].entry != entry:
+            models[entry.id] = Model(entry, place, context)
+        return models[entry.id]
+
+    return model
 
 
 def usual_host(gpu) -> str | None:

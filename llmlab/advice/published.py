@@ -104,6 +104,11 @@ def settings_of(task: str) -> tuple[Setting, ...]:
     """Every setting that speaks for a task, those first that score most models of the catalogue; base models last."""
     if not isinstance(task, str) or task not in TASKS:
         raise catalog.unknown("task", task, TASKS, f"llmlab.best: {', '.join(TASKS)};")
+    return _settings_of(task)
+
+
+@cache
+def _settings_of(task: str) -> tuple[Setting, ...]:
     names = {benchmark.name: at for at, benchmark in enumerate(TASKS[task])}
     found = [setting for setting in _settings() if setting.benchmark in TASKS[task]]
     return tuple(sorted(found, key=lambda s: (s.base, -s.known, names[s.benchmark.name], s.said, s.source)))
