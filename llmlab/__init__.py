@@ -18,7 +18,7 @@ _FACE = {  # public name -> (module, name there)
     "quantize_gguf": ("requantizing", "quantize_gguf"),
     "perplexity": ("quality", "perplexity"), "divergence": ("quality", "divergence"),
     "importance": ("quality", "importance"), "read_importance": ("quality", "read_importance"),
-    "serve": ("server", "serve"),
+    "serve": ("server", "serve"), "Endpoint": ("endpoints", "Endpoint"),
     "LabError": ("errors", "LabError"), "formats": ("formats", None),
     "kernels": ("kernels", None), "lossless": ("lossless", None),
 }
