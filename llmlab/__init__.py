@@ -11,6 +11,7 @@ _FACE = {  # public name -> (module, name there)
     "model": ("shapes", "model_spec"), "models": ("catalog", "models"), "gpu": ("catalog", "gpu"),
     "gpus": ("catalog", "gpus"), "machine": ("hardware", "machine"), "doctor": ("hardware", "doctor"),
     "fit": ("fitting", "fit"), "fit_map": ("fitmap", "fit_map"), "measured": ("reconcile", "measured"),
+    "fit_hosts": ("clustering", "fit_hosts"),
     "size": ("memory", "size_of"), "mix": ("memory", "mix_of"),
     "fetch": ("sources", "fetch"), "local_models": ("sources", "local_models"),
     "plan": ("offload.planning", "plan"), "best": ("advice", "best"),

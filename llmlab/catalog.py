@@ -20,7 +20,8 @@ _LONGEST_NAME = 200  # characters of a name that are looked at: difflib is quadr
 
 @dataclass(frozen=True)
 class Link:
-    """A way bytes travel: PCIe, a disk, RAM, a network. Rates in bytes per second, None where not known."""
+    """A way bytes travel: PCIe, a disk, RAM, a network. Rates in bytes per second, None where not known; `round_trip` of a
+    network: seconds of a small message and its answer, None where not known."""
 
     id: str
     kind: str  # "pcie" | "nvme" | "sata" | "ram" | "network"
@@ -30,6 +31,7 @@ class Link:
     estimated: float | None  # scaled or recalled, nobody measured it
     how: str
     source: str
+    round_trip: float | None = None
 
     @property
     def rate(self) -> float | None:
@@ -409,7 +411,8 @@ def links() -> dict[str, Link]:
     """Every link, by id: "pcie4-x16", "nvme-gen4-class", "ddr5-6000-dual", "eth-1g"."""
     return {row["id"]: Link(
         row["id"], row["kind"], row["name"], _number(row["theoretical_gbs"], GB), _number(row["measured_gbs"], GB),
-        _number(row["estimated_gbs"], GB), row["how_measured"], row["source"]) for row in _rows("links.csv")}
+        _number(row["estimated_gbs"], GB), row["how_measured"], row["source"],
+        _number(row["round_trip_us"], 1e-6)) for row in _rows("links.csv")}
 
 
 @cache

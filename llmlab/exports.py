@@ -9,7 +9,7 @@ SDK 2.0, Ollama's runner (llama.go: num_batch is the ubatch, num_ctx is for each
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -226,11 +226,13 @@ def _devices(r: "Report") -> list[str]:
     return ["--split-mode", "layer", "--tensor-split", ",".join(_split(r))]
 
 
-def _llama_server(r: "Report", notes: list[str]) -> str:
+def llama_server(r: "Report", notes: list[str], servers: Sequence[str] = ()) -> str:
+    """The line that starts llama-server; `servers`: RPC servers as host:port, whose devices come before the own cards."""
     _kernels(r, notes)
     notes.append("--cache-ram 0 and --ctx-checkpoints 0 keep RAM as predicted; without them llama-server remembers earlier "
                  "prompts in up to 8 GiB.")
-    return _shell(["llama-server"], _llama_options(r, notes, server=True))
+    rpc = [["--rpc", ",".join(servers)]] if servers else []
+    return _shell(["llama-server"], rpc + _llama_options(r, notes, server=True))
 
 
 def _llama_cli(r: "Report", notes: list[str]) -> str:
@@ -372,7 +374,8 @@ def _indented(config: Mapping) -> str:
 TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def _vllm(r: "Report", notes: list[str]) -> str:
+def vllm_serve(r: "Report", notes: list[str], share: int = 0) -> str:
+    """The line that starts vLLM's server; `share`: over several hosts, the cards that share a block (the rest are stages)."""
     s, spec = r.settings, r.spec
     if spec.stored:
         raise LabError(f"vLLM 0.33 loads no GGUF; give the model's checkpoint (its hub name or folder) instead of {spec.title}")
@@ -388,7 +391,10 @@ def _vllm(r: "Report", notes: list[str]) -> str:
     lines += [["--max-model-len", str(s.context // s.sequences), "--max-num-seqs", str(s.sequences)],
               ["--max-num-batched-tokens", str(max(s.batch, s.sequences))]]
     lines.append(["--kv-cache-dtype", _vllm_cache(s.kv, dtype, notes)])
-    if len(r.cards) > 1:
+    if share:
+        lines.append(["--tensor-parallel-size", str(share), "--pipeline-parallel-size", str(len(r.cards) // share),
+                      "--distributed-executor-backend", "ray"])
+    elif len(r.cards) > 1:
         lines.append(["--tensor-parallel-size", str(len(r.cards))])
     lines.append(["--gpu-memory-utilization", f"{s.share:g}"])
     if not s.flash_attention:
@@ -461,12 +467,12 @@ def _bitsandbytes(quant: str, dtype: str) -> str:
 
 
 WRITERS: dict[str, tuple[str, Callable[["Report", list[str]], str]]] = {
-    "llama.cpp": ("llama.cpp", _llama_server), "llama-server": ("llama.cpp", _llama_server),
+    "llama.cpp": ("llama.cpp", llama_server), "llama-server": ("llama.cpp", llama_server),
     "llama-cli": ("llama.cpp", _llama_cli), "llama-cpp-python": ("llama.cpp", _llama_python),
-    "ollama": ("llama.cpp", _ollama), "lmstudio": ("llama.cpp", _lmstudio), "vllm": ("vllm", _vllm),
+    "ollama": ("llama.cpp", _ollama), "lmstudio": ("llama.cpp", _lmstudio), "vllm": ("vllm", vllm_serve),
     "transformers": ("transformers", _transformers)}
 """What command() knows: the engine whose count a report must be of, and what writes the text."""
 
 TITLES = {"llama.cpp": "llama.cpp", "vllm": "vLLM", "transformers": "transformers"}
 
-__all__ = ["Command", "WRITERS", "command", "kernel_missing"]
+__all__ = ["Command", "TITLES", "WRITERS", "command", "kernel_missing", "llama_server", "vllm_serve"]

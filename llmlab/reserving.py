@@ -7,7 +7,9 @@ Several cards work tensor-parallel.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from .architectures import Tensor
 from .catalog import Gpu, overheads
 from .errors import LabError
 from .formats import FORMATS
@@ -49,24 +51,51 @@ def check_parallel(spec: ModelSpec, cards: tuple[Gpu, ...]) -> None:
         raise LabError(f"vLLM gives each card the same number of heads; {heads} heads do not divide over {len(cards)} cards")
 
 
+class Stage(NamedTuple):
+    """Blocks `first` to before `last`, on `cards` cards that share each of them; the first stage embeds, the last one
+    makes logits."""
+
+    first: int
+    last: int
+    cards: int
+    embeds: bool = True
+    ends: bool = True
+
+    def holds(self, spec: ModelSpec, tensor: Tensor) -> bool:
+        """Whether a tensor lies here; a table that is embedding and output lies in both stages."""
+        if tensor.layer >= 0:
+            return self.first <= tensor.layer < self.last
+        if tensor.name.startswith("output"):
+            return self.ends
+        return self.embeds or self.ends and spec.tied and tensor.name == "token_embd.weight"
+
+
 def vllm_terms(spec: ModelSpec, cards: tuple[Gpu, ...], s: Settings, c: CacheBytes,
-               measured: tuple[Measured | None, ...] = ()) -> list[Term]:
+               measured: tuple[Measured | None, ...] = (), stages: tuple[Stage, ...] = ()) -> list[Term]:
     """The terms of each card (of the host where there is none): its shard of the weights, the pages one full use of the
-    context needs, the profiled batch, and the rest."""
+    context needs, the profiled batch, and the rest. `stages`: of a pipeline, that of each card."""
     n = max(len(cards), 1)
-    held, cached = shard_bytes(spec, s.quant, n), _cache_share(spec, c, n)
     tokens = min(s.batch, s.context)
-    wide = max((_wide(b) for b in spec.blocks), default=0)
-    best = 2 * tokens * (3 * wide // n + 3 * spec.width) + 3 * 4 * spec.vocab * min(SEQUENCES_PROFILED, tokens)
     row = overheads()["vllm-graphs"]
     graphs = (row.low, row.value, row.high) if cards else (0, 0, 0)
     terms = []
     for i in range(n):
         device = f"gpu{i}" if cards else "host"
-        terms += [exact("weights", device, held, "parameters as vLLM holds them" + (f", one of {n} shards" if n > 1 else "")),
-                  exact("kv_cache", device, cached, f"pages of {PAGE} tokens for the whole context, K and V {s.kv[0]}")]
+        stage = stages[i] if stages else Stage(0, len(spec.layers), n)
+        blocks = spec.layers[stage.first:stage.last]
+        wide = max((_wide(b) for b in blocks if not b.mtp), default=0)
+        best = 2 * tokens * (3 * wide // stage.cards + 3 * spec.width)
+        best += 3 * 4 * spec.vocab * min(SEQUENCES_PROFILED, tokens) * stage.ends
+        shard = f", one of {stage.cards} shards" if stage.cards > 1 else ""
+        if stages:
+            shard += f", of blocks {stage.first} to {stage.last - 1}"
+        terms += [exact("weights", device, shard_bytes(spec, s.quant, stage.cards, stage),
+                        f"parameters as vLLM holds them{shard}"),
+                  exact("kv_cache", device, _cache_share(spec, c, stage),
+                        f"pages of {PAGE} tokens for the whole context, K and V {s.kv[0]}")]
         if c.recurrent:
-            terms.append(exact("recurrent", device, -(-c.recurrent // n), "state of recurrent layers, one a sequence"))
+            state = sum(c.recurrent_by_layer[stage.first:stage.last])
+            terms.append(exact("recurrent", device, -(-state // stage.cards), "state of recurrent layers, one a sequence"))
         terms.append(modelled("compute", device, best + graphs[1], best * 0.6 + graphs[0], best * 1.6 + graphs[2],
                               f"peak of a dummy batch of {tokens} tokens with its logits, and CUDA graphs"))
         if cards:
@@ -82,19 +111,19 @@ def _wide(block) -> int:
 
 
 @remembered
-def shard_bytes(spec: ModelSpec, quant: str, n: int) -> int:
+def shard_bytes(spec: ModelSpec, quant: str, n: int, stage: Stage | None = None) -> int:
     """Bytes of weights on each of `n` cards: matrices split, vectors and routers whole, K and V heads repeated where there
-    are fewer of them than cards."""
-    total = loaded_bytes(spec, quant)
-    if n == 1:
-        return total
+    are fewer of them than cards. `stage`: only what lies there."""
+    if n == 1 and (stage is None or stage == Stage(0, len(spec.layers), 1)):
+        return loaded_bytes(spec, quant)
     mix = find_mix(quant)
     plain = FORMATS[mix.default].bytes(1) if mix.engine == "llama.cpp" else 0       # F16 and the like: vectors too
-    whole = repeated = 0
+    total = whole = repeated = 0
     for tensor, size in zip(spec.tensors, weights(spec, quant).bytes, strict=True):
-        if tensor.name.startswith("rope_") or spec.is_mtp(tensor):
+        if tensor.name.startswith("rope_") or spec.is_mtp(tensor) or stage and not stage.holds(spec, tensor):
             continue
         size = plain * tensor.elements or size
+        total += size
         if len(tensor.shape) == 1 or any(part in tensor.name for part in _REPLICATED):
             whole += size
         elif tensor.layer >= 0 and tensor.bare.startswith(("attn_k.", "attn_v.")):
@@ -103,11 +132,11 @@ def shard_bytes(spec: ModelSpec, quant: str, n: int) -> int:
     return -(-(total - whole + repeated) // n) + whole
 
 
-def _cache_share(spec: ModelSpec, c: CacheBytes, n: int) -> int:
-    """KV bytes on each of `n` cards: heads are split, and repeated where there are fewer than cards; MLA's one row is
+def _cache_share(spec: ModelSpec, c: CacheBytes, stage: Stage) -> int:
+    """KV bytes on each card of a stage: heads are split, and repeated where there are fewer than cards; MLA's one row is
     on every card."""
-    share = 0
-    for layer, bytes in zip(spec.layers, c.by_layer, strict=True):
+    share, n = 0, stage.cards
+    for layer, bytes in zip(spec.layers[stage.first:stage.last], c.by_layer[stage.first:stage.last], strict=True):
         heads = 1 if layer.mixer == "mla" else layer.kv_heads or 1
         share += bytes * max(1, -(-heads // n)) // heads
     return share

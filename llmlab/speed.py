@@ -8,7 +8,7 @@ is known within a factor of two (`rates`), so their sum is too.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -171,7 +171,8 @@ class Part:
     """One thing that one token waits for, in seconds: slow, usual, fast. `amount`: bytes, or how many."""
 
     device: str
-    what: str          # "weights", "unpacking", "cache", "kernels", "python", "hand-over", "shared memory", "disk"
+    what: str          # "weights", "unpacking", "cache", "kernels", "python", "hand-over", "shared memory", "disk", "network",
+                       # "exchange"
     amount: float
     seconds: Band
 
@@ -208,6 +209,14 @@ class Speed:
         if not self.decode_tps or not self.prefill_tps:
             return None
         return tuple(self.context / p + 1 / d for p, d in zip(self.prefill_tps[::-1], self.decode_tps[::-1], strict=True))
+
+    def joined(self, parts: Sequence[Part], prompt_parts: Sequence[Part]) -> "Speed":
+        """The same with more to wait for; `prompt_parts` for one token of a prompt. Unknown stays unknown."""
+        if not self.decode_tps:
+            return self
+        parts, prompt = (*self.parts, *parts), (*self.prefill_parts, *prompt_parts)
+        return replace(self, decode_tps=_decode(parts), parts=parts, prefill_parts=prompt,
+                       prefill_tps=_per_second(prompt) if self.prefill_tps else None)
 
     @property
     def mostly(self) -> str:
@@ -283,15 +292,18 @@ def _said(p: Part) -> str:
         "disk": f"reads {format_bytes(p.amount)} again from disk, for RAM cannot hold it ({took})",
         "multiplying": f"takes {p.amount / 1e9:.3g} GFLOP on {_place(p.device)} ({took})",
         "attention": f"takes {p.amount / 1e9:.2g} GFLOP of attention on {_place(p.device)} ({took})",
+        "network": f"waits for {format_bytes(p.amount)} over {p.device} ({took})",
+        "exchange": f"waits for sums of {format_bytes(p.amount)} between the cards of {p.device} ({took})",
         "sending": f"waits for its share of {format_bytes(p.amount)} sent to the card for every batch ({took})",
     }[p.what]
 
 
 def speed(spec: ModelSpec, s: Settings, w: Weights, c: CacheBytes, cards: tuple[Gpu, ...], where: Sequence[int],
-          rates: Rates = USUAL, over: Sequence[int] = (), short: int = 0) -> Speed:
+          rates: Rates = USUAL, over: Sequence[int] = (), short: int = 0, teams: tuple[tuple[Gpu, ...], ...] = ()) -> Speed:
     """How fast one sequence goes, alone, where block i lies on card `where[i]` (-1: the host), the output last.
 
-    over: bytes by which each card is overfull; short: bytes of the host's share that its RAM cannot hold.
+    over: bytes by which each card is overfull; short: bytes of the host's share that its RAM cannot hold. teams: for vLLM,
+    the cards that work on every block of a stage together; `where` then counts stages, and the parts' devices do.
     """
     if any(not card.bandwidth or math.isnan(card.bandwidth) for card in cards):
         return Speed(None, None, context=s.context, rates=rates)
@@ -299,11 +311,13 @@ def speed(spec: ModelSpec, s: Settings, w: Weights, c: CacheBytes, cards: tuple[
     r = reading(spec, s.quant, s.importance)
     each = max(s.context // s.sequences, 1)
     if s.engine != "llama.cpp":
-        where, over, short = [0 if cards else -1] * (len(spec.layers) + 1), (), 0
+        where, over, short = where if teams else [0 if cards else -1] * (len(spec.layers) + 1), (), 0
+    if s.engine == "vllm" and cards:
+        teams = teams or (cards,)
+        cards = tuple(min(team, key=lambda card: card.bandwidth) for team in teams)
     places = _placed(r, s, c, where, len(cards))
-    if s.engine == "vllm" and len(cards) > 1:
-        places[0], cards = _shared(places[0], len(cards)), (min(cards, key=lambda card: card.bandwidth),)
-        places = [places[0], places[-1]]
+    for i, team in enumerate(teams):
+        places[i] = _shared(places[i], len(team))
     parts, prompt, known = [], [], True
     for i, place in enumerate(places[:-1]):
         if place.kernels:

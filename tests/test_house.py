@@ -20,7 +20,7 @@ ROOMS = (
      "stores", "sources"},
     {"memory", "retyping", "activations", "graphs", "rates", "drivers", "calibrated", "hardware"},
     {"projectors", "settings", "speed", "overhead", "repacking", "placing", "beside", "reserving", "searching", "wording",
-     "fitting", "fitmap", "exports", "levers", "workloads"},
+     "fitting", "fitmap", "exports", "levers", "workloads", "clustering"},
     # -- torch from here on --
     {"kernels"},
     {"runtime", "vocabulary"},

@@ -114,7 +114,7 @@ class Graph:
     """Nodes and leaves in ggml's order, and the operators that make them.
 
     `label` and `at` are given to every tensor made meanwhile. `derived`: symbols that follow from others, as Python
-    expressions in their order.
+    expressions in their order. `splits`, once it is scheduled: (first node, one past the last, backend, what is copied to it).
     """
 
     def __init__(self):
@@ -123,6 +123,7 @@ class Graph:
         self._seen: set[int] = set()
         self._kept: list[Tensor] = []        # identities stay unique as long as the graph lives
         self.derived: dict[str, str] = {}
+        self.splits: list[tuple[int, int, int, list[Tensor]]] = []      # as `schedule` cuts it
         self.label = ""
         self.at = -1
 

@@ -105,6 +105,7 @@ def schedule(graph: Graph, cards: int, values: dict[str, int], pipelined: bool =
                 first.append(leaf)
                 first += [_copy(graph, leaf, leaf.backend, True) for _ in range(PIPELINE_COPIES - 1)]
     ends = [split[0] for split in splits[1:]] + [len(nodes)]
+    graph.splits = [(start, end, backend, inputs) for (start, backend, inputs), end in zip(splits, ends, strict=True)]
     for (start, backend, inputs), end in zip(splits, ends, strict=True):
         for source in inputs:
             copied = copies[id(source), backend]
