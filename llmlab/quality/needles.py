@@ -60,6 +60,10 @@ class Haystack:
             return prompt_tokens(words, [{"role": "user", "content": asked}]) + _tokens(words, needle.lead)
         return prompt_tokens(words, f"{asked}\n\n{needle.lead}")
 
+    def answer(self, words, needle: Needle) -> list[int]:
+        """Tokens of the right answer where it stands after a prompt. Raises LabError where they cannot be told from it."""
+        return _after(words, needle.lead, needle.answer)
+
 
 @dataclass(frozen=True)
 class Search:
@@ -197,7 +201,7 @@ def find_needles(model: str | os.PathLike | GGUFFile | Decoder, kv: str | Sequen
 
 def _search(decoder: Decoder, words, hay: Haystack, needle: Needle) -> Search:
     """One question, of which only what differs from the one before is read."""
-    prompt, right = hay.prompt(words, needle), _after(words, needle.lead, needle.answer)
+    prompt, right = hay.prompt(words, needle), hay.answer(words, needle)
     if ahead := prompt[decoder.keep(prompt):-1]:
         decoder.read(ahead)
     rows = decoder.logits([prompt[-1], *right[:-1]]).double().log_softmax(-1)

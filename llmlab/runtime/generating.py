@@ -81,6 +81,8 @@ class Reader(Protocol):
 
     def read(self, tokens: list[int]) -> torch.Tensor: ...
 
+    def logits(self, tokens: list[int]) -> torch.Tensor: ...
+
 
 def memory_of(model, context: int | None = None) -> Reader:
     """What remembers for `model`. Raises LabError for a context it cannot have."""
@@ -101,7 +103,7 @@ class Shorter:
 
     def __init__(self, decoder: Reader, context: int):
         self.decoder, self.context, self.trained = decoder, context, decoder.trained
-        self.forget, self.keep, self.read = decoder.forget, decoder.keep, decoder.read
+        self.forget, self.keep, self.read, self.logits = decoder.forget, decoder.keep, decoder.read, decoder.logits
         self.shift, self.check_shift, self.read_each = decoder.shift, decoder.check_shift, decoder.read_each
 
     @property
@@ -123,8 +125,7 @@ class Memory:
     def __init__(self, model, context: int | None = None):
         self.model, self.trained = model, trained_context(model)
         self.context = usable_context(context, self.trained)
-        last_only = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
-        self._last = {"logits_to_keep": 1} if last_only else {}
+        self._some = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
         self.forget()
 
     def forget(self) -> None:
@@ -152,9 +153,18 @@ class Memory:
     def read(self, tokens: list[int]) -> torch.Tensor:
         """Read `tokens` after what was read before; the logits after the last of them, [vocabulary] in float32. Raises
         LabError where memory does not suffice."""
-        ids = torch.tensor([tokens], device=self.model.device)
+        return self._read(tokens, 1)[0]
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """Read `tokens` after what was read before; the logits after each of them, [tokens, vocabulary] in float32. Raises as
+        `read` does."""
+        return self._read(tokens, len(tokens))
+
+    def _read(self, tokens: list[int], wanted: int) -> torch.Tensor:
+        """The logits after the last `wanted` tokens."""
+        ids, asked = torch.tensor([tokens], device=self.model.device), {"logits_to_keep": wanted} if self._some else {}
         with whole(self), torch.inference_mode():
-            logits = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._last).logits[0, -1]
+            logits = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **asked).logits[0, -wanted:]
             self.tokens += tokens
             return logits.float()
 

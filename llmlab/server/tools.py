@@ -9,7 +9,7 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -125,11 +125,12 @@ class Tools:
             raise Refusal(wrong[-1], param="response_format")
         return {tool.name: _written(ANY_OBJECT, True) for tool, fault in zip(tools, wrong, strict=False) if fault}
 
-    def reader(self, words) -> Reader:
-        """What reads one answer."""
+    def reader(self, words, names: Container[str] | None = None) -> Reader:
+        """What reads one answer. names: of functions that a call may be of (None: those offered)."""
         dialect = known_dialect(words) or HERMES
         marks = {number: text for text, number in _special(words, dialect).items()}
-        return Reader(dialect, {one.name for one in self.offered}, {one.name: one.parameters for one in self.offered}, marks)
+        names = {one.name for one in self.offered} if names is None else names
+        return Reader(dialect, names, {one.name: one.parameters for one in self.offered}, marks)
 
 
 def tools_of(given: Any, choice: Any = None, several: bool = True) -> Tools | None:
