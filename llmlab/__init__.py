@@ -14,7 +14,7 @@ _FACE = {  # public name -> (module, name there)
     "fit_hosts": ("clustering", "fit_hosts"),
     "size": ("memory", "size_of"), "mix": ("memory", "mix_of"),
     "fetch": ("sources", "fetch"), "local_models": ("sources", "local_models"),
-    "plan": ("offload.planning", "plan"), "best": ("advice", "best"),
+    "plan": ("offload.planning", "plan"), "best": ("advice", "best"), "claims": ("verdicts", "claims"),
     "load": ("loading", "load"), "decoder": ("starting", "decoder"),
     "quantize_gguf": ("requantizing", "quantize_gguf"),
     "perplexity": ("quality", "perplexity"), "divergence": ("quality", "divergence"),

@@ -1,5 +1,5 @@
 """The same functions from a shell: llmlab fit, fits, best, plan, size, mix, importance, quantize, run, serve, bench, doctor,
-stores, fetch, models, gpus, lab.
+claims, stores, fetch, models, gpus, lab.
 
 Imports wait until a command needs them, so that an answer takes a fraction of a second; nothing here imports torch.
 """
@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("doctor", help="what this computer is, what is free, what is missing")
     one.add_argument("--calibrate", action="store_true", help="measure RAM, multiplication, cards, disk first: 25 seconds")
     _finish(one, _doctor)
+    one = commands.add_parser("claims", help="claims of 2024 about models at home: a verdict each, and its numbers as of now")
+    one.add_argument("--markdown", action="store_true", help="as the README's table")
+    _finish(one, _claims)
     one = commands.add_parser("stores", help="weights that were laid out anew for offloading: which are of no use any more")
     one.add_argument("--remove", metavar="WHICH", action="append", default=[], help="gone: all whose GGUF is not there any "
                      "more; or a store's name (again for several)")
@@ -517,6 +520,14 @@ def _doctor(a: argparse.Namespace, rest: list[str]) -> None:
         _print_json(report.to_dict())
     else:
         print(report)
+
+
+def _claims(a: argparse.Namespace, rest: list[str]) -> None:
+    from .verdicts import claims
+    found = claims()
+    if a.json:
+        return _print_json([one.to_dict() for one in found])
+    print(found.markdown() if a.markdown else found, end="" if a.markdown else "\n")
 
 
 def _only_if_not_stored(done: float, text: str) -> None:

@@ -27,7 +27,7 @@ ROOMS = (
     {"offload"},
     {"calibration", "loading", "starting", "probes", "converting"},
     {"quality", "lossless", "requantizing", "reconcile", "benching", "roofline", "advice", "endpoints", "server",
-     "simulating", "sweeps", "evaluation"},
+     "simulating", "sweeps", "evaluation", "verdicts"},
     {"lab", "terminal", "cli", "__init__", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -39,7 +39,7 @@ LAZY = {("figure", "lab"), ("calibrate", "calibration"), ("doctor", "offload")} 
 
 PUBLIC = {"model", "models", "gpu", "gpus", "machine", "fit", "measured", "size", "mix", "load", "quantize_gguf",
           "fetch", "decoder", "perplexity", "divergence", "importance", "read_importance", "plan", "best", "sweep", "serve",
-          "doctor", "evaluate"}
+          "doctor", "claims", "evaluate"}
 
 
 def imports(tree: ast.Module, package: list[str]):

@@ -136,6 +136,11 @@ def setting_of(task: str, asked: str | Setting | None = None) -> Setting:
     raise UnknownName(f"no scores for {task} say {asked!r:.60}; there are {', '.join(list(names)[:6])}")
 
 
+def setting_scores(source: str) -> list[Mapping[str, Band]]:
+    """The scores of every setting whose source has these words, where they are shares of a hundred."""
+    return [one.scores for one in _settings() if source in one.source and one.benchmark.top == 100]
+
+
 @cache
 def _settings() -> tuple[Setting, ...]:
     benchmarks = {benchmark.name: benchmark for task in TASKS.values() for benchmark in task}
