@@ -1,5 +1,5 @@
-"""The same functions from a shell: llmlab fit, fits, best, plan, size, mix, importance, quantize, run, serve, bench, doctor,
-claims, stores, fetch, models, gpus, lab.
+"""The same functions from a shell: llmlab fit, fits, best, plan, size, mix, importance, quantize, run, serve, evaluate, bench,
+doctor, claims, stores, fetch, models, gpus, lab.
 
 Imports wait until a command needs them, so that an answer takes a fraction of a second; nothing here imports torch.
 """
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_importance(commands)
     _add_run(commands)
     _add_serve(commands)
+    _add_evaluate(commands)
     _add_bench(commands)
     one = commands.add_parser("doctor", help="what this computer is, what is free, what is missing")
     one.add_argument("--calibrate", action="store_true", help="measure RAM, multiplication, cards, disk first: 25 seconds")
@@ -276,6 +277,21 @@ def _add_serve(commands) -> None:
     one.add_argument("--dtype", help="of the activations: float32, bfloat16, float16 (default: what this device computes well)")
     one.add_argument("-t", "--threads", type=int, help="of the processor (default: torch's)")
     one.set_defaults(run=_serve)
+
+
+def _add_evaluate(commands) -> None:
+    one = commands.add_parser("evaluate", help="what a model gets right, measured here: coding, tools, reasoning, languages")
+    one.add_argument("model", metavar="FILE", help="GGUF (of a set the first), safetensors folder, or smollm2-135m")
+    one.add_argument("--tasks", metavar="LIST", help="coding, tools, reasoning, english, russian, needles, a .jsonl file, or "
+                     "lm_eval:NAME (default: all that come along)")
+    one.add_argument("--limit", type=_whole, metavar="N", help="only the first N items of each task")
+    one.add_argument("--save", metavar="TARGET", help="every item's outcome, as JSON, to be compared with later")
+    one.add_argument("--beside", metavar="FILE", help="compare, item by item, with what --save wrote of another model or quant")
+    one.add_argument("--kv", help="type of the KV cache, or K,V: q8_0 or q8_0,q4_0 (default: plain numbers)")
+    one.add_argument("--strategy", default="auto", help="auto (default), compact, fast or reference")
+    one.add_argument("--device", help="cpu or cuda (default: a card where the model fits on one)")
+    one.add_argument("--dtype", default="float32", help="of the activations: float32 (default), bfloat16, float16")
+    _finish(one, _evaluate)
 
 
 def _add_bench(commands) -> None:
@@ -499,6 +515,33 @@ def _serve(a: argparse.Namespace, rest: list[str]) -> None:
     serve(a.model, a.port, a.host, name=a.name, api_key=key, memory=a.memory, kv=a.kv and _kv(a.kv), context=a.context,
           sequences=a.sequences, strategy=a.strategy, compile=a.compile, device=a.device, dtype=a.dtype,
           exact=a.exact, limits=Limits(waiting=a.waiting, seconds=a.timeout), hosts=tuple(a.allow_host), origins=tuple(a.cors))
+
+
+def _evaluate(a: argparse.Namespace, rest: list[str]) -> None:
+    from .evaluation import Evaluation, evaluate
+    from .evaluation.items import check_tasks
+    tasks = a.tasks and a.tasks.split(",")
+    check_tasks(tasks)                                              # before a model is loaded, which takes seconds
+    other = a.beside and Evaluation.load(a.beside)
+    if a.save and not os.access(os.path.dirname(os.path.abspath(a.save)), os.W_OK):
+        raise LabError(f"{a.save} is in no folder that can be written to; give --save another one")
+    from .starting import decoder, gguf_of, refusal
+    file = gguf_of(a.model)
+    if file and not refusal(file):
+        model = decoder(file, a.device, a.dtype, a.strategy, kv=a.kv and _kv(a.kv))
+    else:
+        from .loading import load
+        model = load(a.model, a.device, a.dtype, strategy=a.strategy, kv=a.kv and _kv(a.kv))
+    found = evaluate(*model, tasks, limit=a.limit, progress=not a.json and sys.stderr.isatty())
+    beside = other and found.beside(other)
+    if a.save:
+        found.save(a.save)
+    if a.json:
+        _print_json(found.to_dict() | ({"beside": beside.to_dict()} if beside else {}))
+        return
+    print(found)
+    for text in (*found.notes, *([beside] if beside else [])):
+        print(text)
 
 
 def _bench(a: argparse.Namespace, rest: list[str]) -> None:

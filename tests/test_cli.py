@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_chat
 
 from llmlab.cli import main
 
@@ -66,6 +67,20 @@ def test_what_lies_beside_and_how_much_vllm_reserves(capsys):
     assert json.loads(out)["devices"]["gpu0"]["mtp"] > 0
 
 
+def test_an_evaluation_is_printed_saved_and_set_beside_another(capsys, tmp_path):
+    model = str(tiny_chat.write(tmp_path / "tiny.gguf"))
+    task, saved = tmp_path / "own.jsonl", str(tmp_path / "saved.json")
+    task.write_text("\n".join(json.dumps({"id": f"c-{at}", "kind": "choice", "prompt": f"{at}:", "choices": [" yes", " no"],
+                                          "answer": at % 2}) for at in range(4)))
+    status, out, _ = run(capsys, "evaluate", model, "--tasks", str(task), "--save", saved)
+    assert status == 0 and out.startswith("tiny.gguf, measured: own ") and "of 4 (" in out and "seconds" in out
+    status, out, _ = run(capsys, "evaluate", model, "--tasks", str(task), "--limit", "3", "--beside", saved, "--json")
+    said = json.loads(out)
+    assert status == 0 and said["scores"]["own"]["n"] == 3 and len(said["outcomes"]) == 3
+    assert said["beside"]["lost"] == said["beside"]["gained"] == 0 and said["beside"]["left_out"] == 1
+    assert "3 items" in run(capsys, "evaluate", model, "--tasks", str(task), "--limit", "3", "--beside", saved)[1]
+
+
 def test_thousands_of_tokens_may_be_written_k(capsys):
     _, out, _ = run(capsys, "fit", "llama-3-8b", "--gpu", "rtx-3060-12gb", "--context", "32k", "--json")
     assert json.loads(out)["devices"]["gpu0"]["kv_cache"] == 4 * 2**30
@@ -115,6 +130,8 @@ def test_doctor_calibrates_first_when_asked(capsys, monkeypatch, tmp_path):
     (["fit", "llama-3-8b", "--gpu", "3090", "--utilization", "2"], "utilization"),
     (["fit", "llama-3-8b", "--gpu", "3090", "--projector", "gone.gguf"], "gone.gguf"),
     (["fit", "llama-3-8b", "--gpu", "3090", "--mtp"], "multi-token"),
+    (["evaluate", "smollm2-135m", "--tasks", "juggling"], "needles"), (["evaluate", "gone.gguf", "--tasks", "needles"], "gone"),
+    (["evaluate", "smollm2-135m", "--tasks", "needles", "--beside", "gone.json"], "gone.json"),
     (["fetch", "llama-3-8b"], "catalogue"), (["fit", "llama-3-8b", "--quant", "Q9"], "Q4_K_M")])
 def test_bad_input_gets_one_line_and_status_2(capsys, argv, says):
     status, out, err = run(capsys, *argv)

@@ -7,7 +7,7 @@ answer, written greedily), `Call` (a function to be called, or none).
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..places import folder
 from .matching import number_of
 
 TASKS = ("coding", "tools", "reasoning", "english", "russian")      # as the table shows them; others follow by name
+NEEDLES, LM_EVAL = "needles", "lm_eval:"    # what is no file of items: the task, and the beginning of lm-eval-harness's
 TOKENS = 24             # of an exact answer, where an item does not say
 MATCHES = ("number", "text")
 _LONGEST = 10_000_000   # bytes of a file
@@ -84,12 +85,36 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda name: (TASKS.index(name) if name in TASKS else len(TASKS), name)))
 
 
+def names_of(tasks: str | os.PathLike | Sequence[str | os.PathLike] | None) -> list[str | os.PathLike]:
+    """The tasks that are meant, each once; None: all that come with llmlab, and needles. Raises LabError."""
+    if tasks is None:
+        return [*shipped(), NEEDLES]
+    names = [tasks] if isinstance(tasks, (str, os.PathLike)) else tasks
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(one, (str, os.PathLike)) for one in names):
+        raise LabError(f"tasks is {tasks!r:.60}; give names, such as 'coding', or paths of .jsonl files")
+    if len({called(one) for one in names}) < len(names):
+        raise LabError(f"tasks has one of {', '.join(map(called, names))[:80]} twice")
+    return list(names)
+
+
+def called(task: str | os.PathLike) -> str:
+    """What a task is called: a file's stem, else its name."""
+    return Path(task).stem if str(task).endswith(".jsonl") else str(task)
+
+
+def check_tasks(tasks) -> None:
+    """Raises LabError where one is not there or damaged; those of lm-eval-harness are not looked at."""
+    for name in names_of(tasks):
+        if name != NEEDLES and not str(name).startswith(LM_EVAL):
+            task_items(name)
+
+
 def task_items(task: str | os.PathLike) -> tuple[Item, ...]:
     """The items of a shipped task, or of a .jsonl file. Raises UnknownName, BadFile."""
     if str(task).endswith(".jsonl"):
         return read_items(task)
     if task not in shipped():
-        raise UnknownName(f"there is no task {str(task)[:60]!r}; there are {', '.join([*shipped(), 'needles'])}, or give a "
+        raise UnknownName(f"there is no task {str(task)[:60]!r}; there are {', '.join([*shipped(), NEEDLES])}, or give a "
                           ".jsonl file of your own")
     return read_items(folder("data") / "tasks" / f"{task}.jsonl")
 

@@ -5,7 +5,7 @@ changed say anything. The right answer's log-likelihood moves on every item, and
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -120,6 +120,13 @@ class Comparison:
         if self.left_out:
             said += f" {_count(self.left_out, 'item')} that only one of them was asked, or asked otherwise, left out."
         return said
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return {"model": self.model, "other": self.other, "n": self.n, "lost": self.lost, "gained": self.gained,
+                "difference": self.difference, "interval": list(self.interval), "p": self.p, "shown": self.shown,
+                "least": self.least, "logprob": self.logprob and asdict(self.logprob), "left_out": self.left_out,
+                "answer": self.answer, "tasks": list(self.by_task)}
 
     def __repr__(self) -> str:
         return f"{self.answer}\n{self.by_task}"

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,13 +18,12 @@ from ..quality.passes import name_of
 from ..runtime.generating import has_template, prompt_tokens
 from .asking import Asked
 from .calling import RIGHT, TOLD, Calls, call_prompt, checked_tools, verdict, way_of
-from .items import Call, Choice, Exact, Item, shipped, task_items
+from .items import LM_EVAL, NEEDLES, Call, Choice, Exact, Item, called, names_of, task_items
 from .matching import matches, whole
 from .outcomes import Evaluation, Outcome
 
-NEEDLES, HAY, TRIALS = "needles", 1024, 3   # the task's name; tokens of a haystack; haystacks of each kind
-CALL_TOKENS = 160                           # most tokens of an answer to a call item
-_LM_EVAL = "lm_eval:"
+HAY, TRIALS = 1024, 3   # tokens of a haystack; haystacks of each kind
+CALL_TOKENS = 128       # most tokens of an answer to a call item
 
 
 def evaluate(model, tokenizer, tasks: str | os.PathLike | Sequence[str | os.PathLike] | None = None, *,
@@ -53,13 +51,13 @@ def evaluate(model, tokenizer, tasks: str | os.PathLike | Sequence[str | os.Path
 
     if limit is not None:
         checked_integer("limit", limit, 1, 2**31 - 1, "give a whole number of items")
-    asked, names = Asked(model, tokenizer), _names(tasks)
-    ready = [(name, _ask_of(name, asked, limit)) for name in names if not str(name).startswith(_LM_EVAL)]
+    asked, names = Asked(model, tokenizer), names_of(tasks)
+    ready = [(name, _ask_of(name, asked, limit)) for name in names if not str(name).startswith(LM_EVAL)]
     outcomes, seconds, tokens, notes, ended = [], {}, {}, [], False
     total = sum(len(asks) for _, asks in ready)
     with asked.held(), tqdm(total=total, desc="evaluate", unit="item", disable=not progress) as bar:
         for name, asks in ready:
-            task, began, read = _task_name(name), time.perf_counter(), asked.read
+            task, began, read = called(name), time.perf_counter(), asked.read
             bar.set_postfix_str(task, refresh=False)
             for ask in asks:
                 if ended := ended or stopped():
@@ -68,7 +66,7 @@ def evaluate(model, tokenizer, tasks: str | os.PathLike | Sequence[str | os.Path
                 bar.update()
             seconds[task], tokens[task] = time.perf_counter() - began, asked.read - read
             notes += _notes(task, asks, tokenizer)
-    if (theirs := [str(name).removeprefix(_LM_EVAL) for name in names if str(name).startswith(_LM_EVAL)]) and not ended:
+    if (theirs := [str(name).removeprefix(LM_EVAL) for name in names if str(name).startswith(LM_EVAL)]) and not ended:
         from .adapter import outcomes_of
 
         more, took = outcomes_of(asked, theirs, limit, progress)
@@ -76,21 +74,6 @@ def evaluate(model, tokenizer, tasks: str | os.PathLike | Sequence[str | os.Path
     return Evaluation(_name(model), _how(asked), tuple(outcomes), seconds, tokens, date.today().isoformat(),
                       {"torch": torch.__version__, "python": platform.python_version()}, tuple(notes),
                       not ended)
-
-
-def _names(tasks) -> list[str | os.PathLike]:
-    if tasks is None:
-        return [*shipped(), NEEDLES]
-    names = [tasks] if isinstance(tasks, (str, os.PathLike)) else tasks
-    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(one, (str, os.PathLike)) for one in names):
-        raise LabError(f"tasks is {tasks!r:.60}; give names, such as 'coding', or paths of .jsonl files")
-    if len({_task_name(one) for one in names}) < len(names):
-        raise LabError(f"tasks has one of {', '.join(map(_task_name, names))[:80]} twice")
-    return list(names)
-
-
-def _task_name(name: str | os.PathLike) -> str:
-    return Path(name).stem if str(name).endswith(".jsonl") else str(name)
 
 
 def _ask_of(name: str | os.PathLike, asked: Asked, limit: int | None) -> list[Callable[[str], Outcome]]:
