@@ -2,6 +2,7 @@
 evaluations are paired item by item."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -263,3 +264,12 @@ def test_only_what_both_were_asked_is_compared():
     assert found.n == 2 and found.left_out == 1 and "1 item that only one of them was asked" in found.answer
     with pytest.raises(LabError, match="no item alike"):
         one.beside(evaluation([1], task="another"))
+
+
+def test_without_lm_eval_its_tasks_are_refused_with_what_to_do(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "llmlab.evaluation.adapter", raising=False)
+    for call in (lambda: llmlab.evaluation.lm_eval_model(*llmlab.decoder(tiny)),
+                 lambda: llmlab.evaluate(*llmlab.decoder(tiny), "lm_eval:hellaswag", progress=False)):
+        with pytest.raises(LabError, match="pip install lm-eval"):
+            call()

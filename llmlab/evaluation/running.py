@@ -69,8 +69,8 @@ def evaluate(model, tokenizer, tasks: str | os.PathLike | Sequence[str | os.Path
     if (theirs := [str(name).removeprefix(LM_EVAL) for name in names if str(name).startswith(LM_EVAL)]) and not ended:
         from .adapter import outcomes_of
 
-        more, took = outcomes_of(asked, theirs, limit, progress)
-        outcomes, seconds = outcomes + more, seconds | took
+        more, took, went = outcomes_of(asked, theirs, limit, progress)
+        outcomes, seconds, tokens = outcomes + more, seconds | took, tokens | went
     return Evaluation(_name(model), _how(asked), tuple(outcomes), seconds, tokens, date.today().isoformat(),
                       {"torch": torch.__version__, "python": platform.python_version()}, tuple(notes),
                       not ended)
