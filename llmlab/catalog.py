@@ -581,7 +581,8 @@ class Table(Sequence):
 
     __hash__ = None
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
+    def texts(self) -> tuple[list[str], list[list[str]]]:
+        """Columns, and of each row the texts that are shown."""
         columns = list(self._rows[0]) if self._rows else []
         return columns, [[self._text(column, row[column]) for column in columns] for row in self._rows]
 
@@ -597,7 +598,7 @@ class Table(Sequence):
         return any(isinstance(row[column], (int, float)) for row in self._rows)
 
     def __repr__(self) -> str:
-        columns, cells = self._cells()
+        columns, cells = self.texts()
         if not cells:
             return "(no rows)"
         widths = [max(map(len, texts)) for texts in zip(columns, *cells, strict=True)]
@@ -610,7 +611,7 @@ class Table(Sequence):
     def _repr_html_(self) -> str:
         from html import escape
 
-        columns, cells = self._cells()
+        columns, cells = self.texts()
         align = [' style="text-align:right"' if self._right(column) else ' style="text-align:left"'
                  for column in columns]
         head = "".join(f"<th{a}>{escape(t)}</th>" for t, a in zip(columns, align, strict=True))

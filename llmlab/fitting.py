@@ -291,7 +291,7 @@ class Place:
 
     @cached_property
     def room(self) -> int:
-        """Bytes on all cards together that certainly are a model's under llama.cpp: what is free, less what lies there beside."""
+        """Bytes on all cards together that are certainly a model's under llama.cpp: what is free, less what lies beside."""
         here = _here(self.machine, self.cards)
         return sum(free_bytes(card) - overhead_term(card, "", cards=len(self.cards), measured=here.measured_on(card)).high
                    for card in self.cards)

@@ -6,6 +6,7 @@
     configurations.py  the quants, caches and placements in which a model fits
     choosing.py        all of it asked at once
     answer.py          choices in order, with reasons; frontiers; what is unknown; what failed
+    generations.py     newer and smaller against older and larger, in every setting that scores both
 """
 
 from .answer import Advice, Choice, Unknown

@@ -168,7 +168,7 @@ class Unknown:
         return [Beside(self.model, other, setting) for setting in self.elsewhere for other in others if other in setting.scores]
 
     def __repr__(self) -> str:
-        scores = "".join(f", {_score(s.scores[self.model][1])} in {s.name}" for s in self.elsewhere[:3])
+        scores = "".join(f", {points(s.scores[self.model][1])} in {s.name}" for s in self.elsewhere[:3])
         return f"<{self.model} {self.report.settings.quant}: not scored in {self.setting.name}{scores}>"
 
 
@@ -190,7 +190,7 @@ class Beside:
 
     def __str__(self) -> str:
         (first, second), names = self.scores, catalog.entries()
-        return (f"{names[self.model].name} {_score(first)} to {names[self.other].name}'s {_score(second)} "
+        return (f"{names[self.model].name} {points(first)} to {names[self.other].name}'s {points(second)} "
                 f"in {self.setting.name}, {_cut(self.setting.source)}")
 
 
@@ -215,11 +215,11 @@ def ranked(choices: Sequence[Choice]) -> tuple[Choice, ...]:
 
 
 def _why(c: Choice) -> str:
-    name, best = c.setting.benchmark.name, _score(c.quality[1])
+    name, best = c.setting.benchmark.name, points(c.quality[1])
     cache = "" if c.kv == ("f16", "f16") else f" with a {'/'.join(dict.fromkeys(c.kv))} cache"
-    scored = (f"{name} {_score(c.published[1])} as published" if c.lost[1] < 0.05 else
-              f"{name} {best} to expect, {_score(c.published[1])} as published less {_score(c.lost[1])} for {c.quant}{cache}")
-    speed = f"{_rate(c.decode)} tokens/s" if c.decode else "speed not known"
+    scored = (f"{name} {points(c.published[1])} as published" if c.lost[1] < 0.05 else
+              f"{name} {best} to expect, {points(c.published[1])} as published less {points(c.lost[1])} for {c.quant}{cache}")
+    speed = f"{pace(c.decode)} tokens/s" if c.decode else "speed not known"
     in_ram = c.report.devices["host"].needed
     ram = f" ({format_bytes(in_ram, 1)} in RAM)" if c.report.cards and not c.placement.startswith("all") else ""
     return f"{scored}; {speed}; {format_bytes(c.bytes, 1)}, {c.placement}{ram}"
@@ -234,7 +234,7 @@ def _changes(c: Choice, leaders: Sequence[Choice]) -> str:
         more = f" and {len(rivals) - 2} more" if len(rivals) > 2 else ""
         said.append(f"within the uncertainty of {', '.join(names)}{more}")
     if c.decode:
-        said.append(f"out above {_rate(c.decode)} tokens/s asked")
+        said.append(f"out above {pace(c.decode)} tokens/s asked")
     spare = [d.free - d.high + d.returned for d in c.report.devices.values() if d.capacity]
     if spare:
         said.append(f"out with {format_bytes(max(min(spare), 0), 1)} less memory")
@@ -311,9 +311,9 @@ class Advice(catalog.Listed):
         """These choices as rows."""
         return catalog.Table(({
             "model": c.model, "generation": c.generation, "quant": c.quant, "cache": "/".join(dict.fromkeys(c.kv)),
-            "quality": c.quality[1], "range": f"{_score(c.quality[0])} to {_score(c.quality[2])}", "published": c.published[1],
+            "quality": c.quality[1], "range": f"{points(c.quality[0])} to {points(c.quality[2])}", "published": c.published[1],
             "tokens/s": c.decode or None, "GiB": c.bytes / GIB, "placement": c.placement} for c in choices),
-            {"quality": "{:.1f}".format, "published": "{:g}".format, "tokens/s": _rate, "GiB": "{:.1f}".format})
+            {"quality": "{:.1f}".format, "published": "{:g}".format, "tokens/s": pace, "GiB": "{:.1f}".format})
 
     @cached_property
     def answer(self) -> str:
@@ -322,10 +322,10 @@ class Advice(catalog.Listed):
             return self._nothing()
         c, s = self.choices[0], self.setting
         told = (f"For {self.asked.task} on {self._where()} take {c.entry.name} in {c.quant}: {c.why}. By {s.name}, {s.date}, "
-                f"it is between {_score(c.quality[0])} and {_score(c.quality[2])}{'' if s.sampled else ', chance not counted'}")
+                f"it is between {points(c.quality[0])} and {points(c.quality[2])}{'' if s.sampled else ', chance not counted'}")
         rivals = [one for one in self.leaders[1:] if one.quality[2] >= c.quality[0]]
         if rivals:
-            told += f", too near to tell it from {rivals[0].entry.name} ({_score(rivals[0].quality[1])})"
+            told += f", too near to tell it from {rivals[0].entry.name} ({points(rivals[0].quality[1])})"
             told += f" and {len(rivals) - 1} more" if len(rivals) > 1 else ""
         better = [one for one in self.comparisons if one.better]
         return f"{told}. Not scored there, but ahead elsewhere: {better[0]}." if better else f"{told}."
@@ -341,10 +341,10 @@ class Advice(catalog.Listed):
         start = f"No model scored in {self.setting.name} keeps to all limits on {self._where()}"
         if near["quality"]:
             one = max(near["quality"], key=lambda one: one.quality[1])
-            told = f"{start}: the best to expect is {_score(one.quality[1])}, {_called(one)}, not {a.quality_floor:g}."
+            told = f"{start}: the best to expect is {points(one.quality[1])}, {_called(one)}, not {a.quality_floor:g}."
         elif near["speed"]:
             one = max(near["speed"], key=lambda one: decode(one.report))
-            rate = f"{_rate(decode(one.report))} tokens/s" if decode(one.report) else "a speed that is not known"
+            rate = f"{pace(decode(one.report))} tokens/s" if decode(one.report) else "a speed that is not known"
             told = f"{start}: the quickest that fits is {_called(one)} with {rate}, not {a.min_speed:g}."
         elif near["memory"]:
             one = min(near["memory"], key=lambda one: held(one.report))
@@ -380,11 +380,13 @@ def _called(one: Near) -> str:
     return f"{one.entry.name} in {one.report.settings.quant}"
 
 
-def _score(value: float) -> str:
+def points(value: float) -> str:
+    """A score as one writes it."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}".removesuffix(".0")
 
 
-def _rate(rate: float) -> str:
+def pace(rate: float) -> str:
+    """Tokens per second as one writes them."""
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 

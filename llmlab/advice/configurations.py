@@ -165,13 +165,8 @@ PLACES_KEPT = 4
 def models_on(place: Place, context: int) -> Callable[[Entry], Model]:
     """What gives the model of an entry on a machine; what was laid out for the machines and contexts asked last is kept: other
     limits, tasks and settings choose among the same."""
-    for at, (other, length, models) in enumerate(_kept):
-        if length == context and other == place:
-            _kept.insert(0, _kept.pop(at))
-            break
-    else:
-        models = {}
-        _kept[:] = [(place, context, models), *_kept[:PLACES_KEPT - 1]]
+    models = next((models for other, length, models in _kept if length == context and other == place), {})
+    _kept[:] = [(place, context, models), *(one for one in _kept if one[2] is not models)][:PLACES_KEPT]
 
     def model(entry: Entry) -> Model:
         if entry.id not in models or models[entry.id].entry != entry:

@@ -12,7 +12,8 @@ from .map_panel import FitMapExplorer
 from .map_state import MapState
 from .state import FitState
 
-_RUNNING = {      # name -> module that needs torch
+_RUNNING = {      # name -> module that needs torch, or time
+    "AdviceState": "advice_state", "Advisor": "advice_panel", "advice_figure": "advice_figures",
     "CacheExplorer": "cache_panel", "CacheState": "cache_state", "HeatState": "cache_heat",
     "ChatPanel": "chat_panel", "ChatState": "chat_state", "CompileExplorer": "compile_panel", "CompileState": "compile_state",
     "OffloadExplorer": "offload_panel", "OffloadState": "offload_state", "RunState": "offload_run",
