@@ -20,7 +20,7 @@ _FACE = {  # public name -> (module, name there)
     "perplexity": ("quality", "perplexity"), "divergence": ("quality", "divergence"),
     "importance": ("quality", "importance"), "read_importance": ("quality", "read_importance"),
     "serve": ("server", "serve"), "Endpoint": ("endpoints", "Endpoint"),
-    "evaluate": ("evaluation", "evaluate"),
+    "evaluate": ("evaluation", "evaluate"), "sweep": ("sweeps", "sweep"),
     "LabError": ("errors", "LabError"), "formats": ("formats", None),
     "kernels": ("kernels", None), "lossless": ("lossless", None),
 }

@@ -1,0 +1,190 @@
+"""What a value or a function is, as a hash of its content: the same in every process, another where a result may be another."""
+
+import dis
+import functools
+import hashlib
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
+
+import numpy as np
+
+from ..errors import LabError
+
+_PLAIN = (type(None), bool, int, float, complex, bytes, range, slice, type(...))
+_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+def key_of(*values: tuple[str, object]) -> str:
+    """32 hex digits that stand for named values, given as (name for an error, value).
+
+    Plain values, tuples, lists, sets, dicts (in any order), enums, dataclasses, numpy's and torch's arrays and dtypes count by
+    what is in them. A path, or a string that is the path of a file here, counts by where it lies, its size and its time; a
+    folder by its entries. A function of your own counts by its compiled code (comments do not), its defaults, what it closes
+    over and the globals it reads, further functions and classes of yours among them, to the last; what comes from a library,
+    and llmlab itself, by name and version. Raises LabError for anything else: whose content cannot be told.
+    """
+    told = _Told()
+    for name, value in values:
+        told.tell(value, name)
+    return told.digest.hexdigest()[:32]
+
+
+class _Told:
+    """A hash that is fed; what was told once is only named again, as functions may name each other."""
+
+    def __init__(self, seen: dict[int, tuple] | None = None):
+        self.digest, self.seen = hashlib.sha256(), dict(seen or {})      # id -> (number, what keeps its id)
+
+    def say(self, *parts: object) -> None:
+        for part in parts:
+            data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+            self.digest.update(b"%d:" % len(data) + data)
+
+    def each(self, values: Iterable, name: str) -> None:
+        for value in values:
+            self.tell(value, name)
+
+    def unordered(self, groups: Iterable[tuple], name: str) -> None:
+        parts = []
+        for group in groups:
+            part = _Told(self.seen)
+            part.each(group, name)
+            parts.append(part.digest.digest())
+        self.say(*sorted(parts))
+
+    def tell(self, value: object, name: str) -> None:
+        """`name` says in an error where the value was found."""
+        kind = type(value)
+        self.say(f"{kind.__module__}.{kind.__qualname__}")
+        if isinstance(value, Enum):
+            self.say(value.name)
+        elif kind in _PLAIN:
+            self.say(value if kind is bytes else repr(value))
+        elif isinstance(value, str):
+            self.say(value, *_stamp(value))
+        elif isinstance(value, os.PathLike):
+            self.say(os.path.abspath(value), *_stamp(os.fspath(value), folders=True))
+        elif isinstance(value, (tuple, list)):
+            self.say(len(value))
+            self.each(value, name)
+        elif isinstance(value, dict):
+            self.unordered(value.items(), name)
+        elif isinstance(value, (set, frozenset)):
+            self.unordered(((one,) for one in value), name)
+        elif isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
+            self.say(value.dtype.str, value.shape, value.tobytes())
+        elif isinstance(value, np.dtype) or (kind.__module__, kind.__name__) in (("torch", "dtype"), ("torch", "device")):
+            self.say(str(value))
+        elif "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
+            torch, flat = sys.modules["torch"], value.detach().cpu().contiguous().reshape(-1)
+            self.say(value.dtype, tuple(value.shape), flat.view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, ModuleType):
+            self.say(value.__name__, _version(value.__name__))
+        elif isinstance(value, (CodeType, MethodType, functools.partial)) or callable(value) and hasattr(value, "__name__"):
+            self.once(value, name)
+        elif is_dataclass(value):
+            self.tell(kind, name)
+            for field in fields(value):
+                self.say(field.name)
+                self.tell(getattr(value, field.name), f"{name}.{field.name}")
+        else:
+            raise _untold(value, name)
+
+    def once(self, value: object, name: str) -> None:
+        """Functions and classes, each told in full the first time."""
+        if id(value) in self.seen:
+            self.say("as before", self.seen[id(value)][0])
+            return
+        self.seen[id(value)] = len(self.seen), value
+        if isinstance(value, CodeType):
+            self.say(value.co_code, value.co_names, value.co_varnames, value.co_freevars)
+            self.each(value.co_consts, name)
+        elif isinstance(value, functools.partial):
+            self.each((value.func, value.args, value.keywords), name)
+        elif isinstance(value, MethodType):
+            self.each((value.__self__, value.__func__), name)
+        else:
+            module, qualified = getattr(value, "__module__", None) or "builtins", getattr(value, "__qualname__", value.__name__)
+            self.say(module, qualified)
+            if not is_own(module):
+                self.say(_version(module))
+            elif isinstance(value, type):
+                self.of_class(value, name)
+            elif isinstance(value, FunctionType):
+                self.of_function(value, name)
+            elif hasattr(value, "__wrapped__"):          # functools.cache
+                self.tell(value.__wrapped__, name)
+            else:
+                raise _untold(value, name)
+
+    def of_function(self, function: FunctionType, name: str) -> None:
+        self.each((function.__code__, function.__defaults__, function.__kwdefaults__), name)
+        for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self.say(free)
+            try:
+                inside = cell.cell_contents
+            except ValueError:                           # not filled yet
+                continue
+            self.tell(inside, f"{free}, which {function.__name__}() closes over,")
+        for used in sorted(_globals(function.__code__)):
+            if used in function.__globals__:
+                self.say(used)
+                self.tell(function.__globals__[used], f"{used}, which {function.__name__}() reads,")
+
+    def of_class(self, kind: type, name: str) -> None:
+        """Its methods and plain attributes; what else hangs on a class says nothing about results."""
+        self.each((base for base in kind.__bases__ if base is not object), name)
+        for attribute, value in sorted(vars(kind).items()):
+            value = getattr(value, "__func__", getattr(value, "fget", value))
+            if isinstance(value, (*_PLAIN, str, FunctionType)) and attribute not in ("__doc__", "__firstlineno__"):
+                self.say(attribute)
+                self.tell(value, f"{name}.{attribute}")
+
+
+def _untold(value: object, name: str) -> LabError:
+    return LabError(f"{name} is of type {type(value).__name__}, whose content cannot be told, so results could not be found "
+                    "again; give plain values, arrays, dataclasses or paths, open what is large inside the function, or say "
+                    "key= yourself")
+
+
+def _globals(code: CodeType) -> set[str]:
+    """Names of globals that code reads, in functions inside it too."""
+    found = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return found.union(*(_globals(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def is_own(module: str) -> bool:
+    """Whether a module is the user's: neither llmlab's nor from where libraries are installed."""
+    if module == "__main__":
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return bool(file) and module.partition(".")[0] != "llmlab" and not file.startswith(_LIBRARIES)
+
+
+def _version(module: str) -> str:
+    return str(getattr(sys.modules.get(module.partition(".")[0]), "__version__", ""))
+
+
+def _stamp(path: str | bytes, folders: bool = False) -> tuple:
+    """Size and time of a file, of a folder's entries; nothing where neither is."""
+    try:
+        if os.path.isfile(path):
+            found = os.stat(path)
+            return os.path.abspath(path), found.st_size, found.st_mtime_ns
+        if folders and os.path.isdir(path):
+            return tuple((one.name, *_stamp(str(one))) for one in sorted(Path(os.fsdecode(path)).iterdir()))
+    except (OSError, ValueError):
+        pass
+    return ()
+
+
+def name_of(function: Callable) -> str:
+    """What a function is called, for folders and sentences."""
+    inner = function.func if isinstance(function, functools.partial) else function
+    return str(getattr(inner, "__name__", type(inner).__name__))

@@ -1,0 +1,67 @@
+"""Results in a folder, one file a point, whole or not there; failures beside them, as text.
+
+A result is pickled: open folders of results only from whom you would run code from.
+"""
+
+import hashlib
+import os
+import struct
+import uuid
+from pathlib import Path
+
+from ..errors import LabError
+from ..gguf.words import show_path
+
+_HEAD = b"llmlab result 1\n"
+_SECONDS = struct.Struct("<d")
+
+
+class Kept:
+    """The folder of one sweep. Several processes may use it at once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(folder, error) from None
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.result"
+
+    def get(self, key: str) -> tuple[float, bytes] | None:
+        """(seconds it took, pickled result), None where there is none. Raises ValueError for a damaged file."""
+        try:
+            data = self.path(key).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ValueError(error.strerror or str(error)) from None
+        body = data[len(_HEAD) + 32:]
+        if not data.startswith(_HEAD) or hashlib.sha256(body).digest() != data[len(_HEAD):len(_HEAD) + 32]:
+            raise ValueError("it is cut off or was changed")
+        return _SECONDS.unpack_from(body)[0], body[_SECONDS.size:]
+
+    def put(self, key: str, seconds: float, pickled: bytes) -> None:
+        """Raises LabError where the file cannot be written."""
+        body = _SECONDS.pack(seconds) + pickled
+        self._write(self.path(key), _HEAD + hashlib.sha256(body).digest() + body)
+        self.path(key).with_suffix(".failure").unlink(missing_ok=True)
+
+    def put_failure(self, key: str, text: str) -> None:
+        """Raises LabError where the file cannot be written."""
+        self._write(self.path(key).with_suffix(".failure"), text.encode("utf-8", "replace"))
+
+    def _write(self, path: Path, data: bytes) -> None:
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            part.write_bytes(data)
+            os.replace(part, path)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> LabError:
+    return LabError(f"{show_path(str(path))} cannot be written: {error.strerror or error}; give another folder=")
