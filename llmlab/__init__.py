@@ -21,6 +21,7 @@ _FACE = {  # public name -> (module, name there)
     "importance": ("quality", "importance"), "read_importance": ("quality", "read_importance"),
     "serve": ("server", "serve"), "Endpoint": ("endpoints", "Endpoint"),
     "evaluate": ("evaluation", "evaluate"), "sweep": ("sweeps", "sweep"),
+    "router": ("endpoints", "router"),
     "LabError": ("errors", "LabError"), "formats": ("formats", None),
     "kernels": ("kernels", None), "lossless": ("lossless", None),
 }

@@ -53,7 +53,7 @@ def test_placeholders_are_one_a_thing_and_never_somebodys_own_words():
     vault = Vault()
     first, second = Redactor().messages([{"role": "user", "content": "[EMAIL_1] is a@b.example; a@b.example, c@b.example"},
                                          {"role": "assistant", "content": [{"type": "text", "text": "c@b.example"}],
-                                          "tool_calls": [{"id": "1", "function": {"arguments": '{"to": "d@b.example"}'}}]}], vault)
+                                          "tool_calls": [{"function": {"arguments": '{"to": "d@b.example"}'}}]}], vault)
     assert first["content"] == "[EMAIL_1] is [EMAIL_2]; [EMAIL_2], [EMAIL_3]"
     assert second["content"] == [{"type": "text", "text": "[EMAIL_3]"}]
     assert second["tool_calls"][0]["function"]["arguments"] == '{"to": "[EMAIL_4]"}'
