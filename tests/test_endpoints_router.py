@@ -263,7 +263,8 @@ def test_nothing_leaves_offline(near, far, monkeypatch):
 
 
 @pytest.mark.parametrize(("does", "reason"), [
-    ((500, {}, {}), "server"), ((429, {}, {"Retry-After": "9999"}), "busy"), ((400, {"error": {"message": "no"}}, {}), "refused"),
+    ((500, {}, {}), "server"), ((429, {}, {"Retry-After": "9999"}), "busy"), ((400, {"error": {"message": "no"}}, {}),
+                                                                              "refused"),
     ("hang up", "network"), (b"?", "answer"), (1.0, "timeout")])
 def test_where_the_call_fails_the_local_answer_is_given(path, near, far, does, reason):
     far.always = does if does != 1.0 else answer()

@@ -16,6 +16,7 @@ _RUNNING = {      # name -> module that needs torch, or time
     "AdviceState": "advice_state", "Advisor": "advice_panel", "advice_figure": "advice_figures",
     "CacheExplorer": "cache_panel", "CacheState": "cache_state", "HeatState": "cache_heat",
     "ChatPanel": "chat_panel", "ChatState": "chat_state", "CompileExplorer": "compile_panel", "CompileState": "compile_state",
+    "HybridPanel": "hybrid_panel", "HybridState": "hybrid_state",
     "OffloadExplorer": "offload_panel", "OffloadState": "offload_state", "RunState": "offload_run",
     "ServingExplorer": "serving_panel", "ServingState": "serving_state", "ServingRun": "serving_run",
     "QuantizationExplorer": "quantization_panel",
