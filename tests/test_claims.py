@@ -71,7 +71,7 @@ def found_in(file: Path, at: str, median: bool) -> float:
         pattern = re.escape(at).replace(r"\.\.\.", ".*?").replace(r"\{\}", r"(\d+(?:\.\d+)?)")
         return float(re.search(pattern, printed)[1])
     here = [saved]
-    for key, wanted in re.findall(r"(\w+)(?:\[([^\]]*)\])?(?:\.|$)", at):
+    for key, wanted in re.findall(r"([^.\[\]]+)(?:\[([^\]]*)\])?(?:\.|$)", at):
         here = [one[key] for one in here]
         while here and isinstance(here[0], list):
             here = [one for several in here for one in several]
@@ -128,7 +128,7 @@ def again(id: str, name: str, **changes) -> Judged:
     ("home-card", "4060ti-price", {"gpu": "rtx-4090-24gb"}, "half true"),
     ("golden-mean", "q4_k_m", {"quant": "Q3_K_M"}, "half true"),
     ("golden-mean", "8b", {"quant": "Q5_K_M"}, "half true"),
-    ("golden-mean", "8b-fit", {"quant": "Q3_K_S", "context": 512}, "true"),
+    ("iq4-xs", "q4_k_m", {"quant": "Q3_K_M"}, "half true"),
     ("paged-attention", "static", {"value": 1.9}, "false"),
     ("13b-in-8gb", "13b-fit", {"gpu": "rtx-3060-12gb"}, "true, with a condition"),
     ("smaller", "qwen", {"reach": 0.5}, "half true"),
@@ -144,6 +144,7 @@ def test_another_number_gives_another_verdict_and_sentence(id, name, changes, ve
     ({"a": {"way": "size", "model": "no-such-model", "quant": "Q4_K_M"}}, "no-such-model"),
     ({"a": {"way": "ratio", "of": "b", "over": "b"}}, "number 'a': KeyError 'b'"),
     ({"a": {"way": "speed", "id": "Z99"}}, "Z99"),
+    ({"a": {"way": "smollm2", "quant": "Q9_K"}}, "number 'a': StopIteration"),
     ({"a": {"way": "score", "model": "qwen2.5-7b", "benchmark": "BFCL", "source": "BFCL paper"}}, "2 scores of qwen2.5-7b"),
     ({"a": {"way": "shares", "model": "qwen2.5-7b", "beside": "nobody", "source": "Qwen run", "reach": 1}}, "no setting"),
 ])

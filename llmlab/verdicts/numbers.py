@@ -47,7 +47,7 @@ def figures(numbers: Mapping[str, Mapping]) -> Figures:
         try:
             way = WAYS[asked.pop("way")]
             made = way(found, **asked) if way is _ratio else way(**asked)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, StopIteration) as error:
             raise LabError(f"data/claims.json: number {name!r}: {type(error).__name__} {error}") from None
         found |= {f"{name}.{suffix}" if suffix else name: figure for suffix, figure in made.items()}
     return found
@@ -97,6 +97,14 @@ def _quality(quant: str, importance: bool = False) -> Figures:
             "kld": Figure(found.mean_kld, f"{found.mean_kld:.3f}", "published", where)}
 
 
+def _smollm2(quant: str) -> Figures:
+    """Of SmolLM2 135M, without importances: the perplexity over the original's less 1, and one standard error of it."""
+    row = next(row for row in _rows("quality_smollm2_135m.csv") if (row["quant"], row["imatrix"]) == (quant, "None"))
+    loss, error = float(row["ratio"]) - 1, float(row["ratio_error"])
+    return {"": Figure(loss, f"{100 * loss:+.1f} ± {100 * error:.1f} %", "measured",
+                       f"data/quality_smollm2_135m.csv, {quant} ({row['source']})")}
+
+
 def _mmlu(model: str, quant: str) -> Figures:
     found = catalog.mmlu_by_quant()[model, quant]
     return {"": Figure(found, f"{found:.1f}", "published", f"data/mmlu_by_quant_llama3.csv, {model} {quant}")}
@@ -144,8 +152,7 @@ def _saved(value: float, file: str, at: str, kind: str = "measured", shown: str 
 
 def _speed(id: str) -> Figures:
     """Tokens per second somebody saw, where the row of data/measured_speeds.csv is a plain number."""
-    with open(folder("data") / "measured_speeds.csv", newline="", encoding="utf-8") as text:
-        row = {row["id"]: row for row in csv.DictReader(text)}[id]
+    row = {row["id"]: row for row in _rows("measured_speeds.csv")}[id]
     return {"": Figure(float(row["tokens_per_second"]), row["tokens_per_second"], "published",
                        f"data/measured_speeds.csv, {id}: {row['model']}, {row['hardware']} ({row['source']})")}
 
@@ -177,6 +184,13 @@ def _bytes(size: int, kind: str, source: str) -> Figure:
     return Figure(size, format_bytes(size), kind, source)
 
 
+@cache
+def _rows(file: str) -> tuple[dict, ...]:
+    with open(folder("data") / file, newline="", encoding="utf-8") as text:
+        return tuple(csv.DictReader(text))
+
+
 WAYS: dict[str, Callable[..., Figures]] = {
-    "fit": _fit, "longest": _longest, "best": _best, "size": _size, "quality": _quality, "mmlu": _mmlu, "score": _score,
-    "shares": _shares, "plan": _plan, "saved": _saved, "speed": _speed, "price": _price, "months": _months, "ratio": _ratio}
+    "fit": _fit, "longest": _longest, "best": _best, "size": _size, "quality": _quality, "smollm2": _smollm2, "mmlu": _mmlu,
+    "score": _score, "shares": _shares, "plan": _plan, "saved": _saved, "speed": _speed, "price": _price, "months": _months,
+    "ratio": _ratio}
