@@ -94,7 +94,7 @@ class Claims(Listed):
     def _repr_html_(self) -> str:
         head = "".join(f'<th style="text-align:left">{name}</th>' for name in HEAD)
         body = "".join(
-            '<tr style="vertical-align:top">' + "".join(f'<td style="text-align:left">{text}</td>' for text in (
+            '<tr>' + "".join(f'<td style="text-align:left;vertical-align:top">{text}</td>' for text in (
                 escape(one.claim.claim), f"<b>{escape(one.verdict)}</b>", escape(one.answer),
                 f'<a href="{one.claim.notebook}.ipynb">{one.claim.notebook}</a>')) + "</tr>" for one in self)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
