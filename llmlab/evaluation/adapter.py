@@ -1,5 +1,5 @@
-"""Our models behind lm-eval-harness (https://github.com/EleutherAI/lm-evaluation-harness), where it is installed: packed weights
-answer whatever task it has."""
+"""Our models behind lm-eval-harness (https://github.com/EleutherAI/lm-evaluation-harness), where it is installed: packed
+weights answer whatever task it has."""
 
 import hashlib
 import re
