@@ -1,12 +1,13 @@
 """What quants get right: the tasks that come with llmlab, through real models as their files are and quantized further.
 
-    python tests/bench/bench_evaluating.py [--model NAME=FILE ...] [--quants LIST] [--tasks LIST] [--limit N] [--csv FILE]
+    python tests/bench/bench_evaluating.py [--model NAME=FILE ...] [--quants LIST] [--tasks LIST] [--every N] [--fast]
 
 Appends to data/evaluations.csv, a row a model, quant and task as soon as it is measured, and writes every item's outcome to
 results/evaluations-NAME.json; what is there already, of the same items, is not measured again. SmolLM2 135M Instruct is
 fetched; other models are given as files. A file is evaluated as it is and then in each of --quants that is not its own; those
 are made of the file, whose weights are quantized already, so `twice` says that they lost twice. Weights are multiplied in
-float32. At the end each quant stands beside its file, item by item.
+float32; with --fast in bfloat16, in a third of the time (`how` says which). --every 3 asks every third item of each task, some
+of each kind, under the same ids. At the end each quant stands beside its file, item by item.
 """
 
 import argparse
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.bench
 
 QUANTS = ("Q4_K_M", "Q3_K_S", "Q2_K")
 COLUMNS = ("model", "quant", "twice", "task", "items", "n", "right", "share", "low", "high", "chance", "acc", "logprob",
-           "tokens", "seconds", "how", "date", "torch")
+           "tokens", "seconds", "how", "date", "torch", "source")
 OF = ("model", "quant", "task", "items")        # what tells rows apart
 SHORT = 80      # characters of what was said that are kept
 KEPT = ("id", "kind", "digest", "right", "chance", "said", "verdict", "logprob", "plain")
@@ -43,6 +44,16 @@ def stamp(task: str) -> str:
     """Of a task's items: rows of other items are other rows. Needles depend on the vocabulary, and are ours to make."""
     told = "".join(item.digest for item in task_items(task)) if task != NEEDLES else NEEDLES
     return hashlib.sha256(told.encode()).hexdigest()[:8]
+
+
+def some(task: str, every: int, folder: Path) -> str | Path:
+    """Every so many items of a task, in a file of its name: the same items, so that runs with more of them can be paired."""
+    if every == 1 or task == NEEDLES:
+        return task
+    lines = (TOP / "data" / "tasks" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    path = folder / f"{task}.jsonl"
+    path.write_text("".join(lines[::every]), encoding="utf-8")
+    return path
 
 
 class Rows:
@@ -96,12 +107,13 @@ def file_quant(path: Path) -> str:
 
 
 def measure(name: str, path: Path, table: Rows, kept: Outcomes, quants: Sequence[str], tasks: Sequence[str],
-            limit: int | None = None) -> list[str]:
+            limit: int | None = None, every: int = 1, fast: bool = False) -> list[str]:
     """Rows of every quant and task that the table lacks; the quants, the file's own first."""
     own = file_quant(path)
     quants = [own, *(quant for quant in quants if quant != own)]
     for quant in quants:
-        stamps = {task: stamp(task) + (f"-{limit}" if limit else "") for task in tasks}
+        part = (f"-every{every}" if every > 1 else "") + (f"-{limit}" if limit else "")
+        stamps = {task: stamp(task) + part for task in tasks}
         missing = [task for task in tasks if not table.has(model=name, quant=quant, task=task, items=stamps[task])]
         if not missing:
             continue
@@ -110,9 +122,10 @@ def measure(name: str, path: Path, table: Rows, kept: Outcomes, quants: Sequence
             if quant != own:
                 target = Path(folder) / f"{name}-{quant}.gguf"
                 llmlab.quantize_gguf(path, target, quant, allow_requantize=True)
-            decoder, words = llmlab.decoder(target, dtype="float32")
+            way = {"dtype": "bfloat16", "strategy": "fast"} if fast else {"dtype": "float32"}
+            decoder, words = llmlab.decoder(target, **way)
             for task in missing:
-                found = llmlab.evaluate(decoder, words, task, limit=limit, progress=False)
+                found = llmlab.evaluate(decoder, words, some(task, every, Path(folder)), limit=limit, progress=False)
                 kept.add(quant, task, stamps[task], found)
                 table.add(row_of(name, quant, quant != own, task, stamps[task], found))
                 print(f"{name} in {quant}: {task} {found.scores[task]}, {found.seconds[task]:.0f} s", flush=True)
@@ -127,7 +140,8 @@ def row_of(name: str, quant: str, twice: bool, task: str, items: str, found: Eva
             "right": score.right, "share": f"{score.share:.4f}", "low": f"{score.low:.4f}", "high": f"{score.high:.4f}",
             "chance": f"{score.chance:.4f}", "acc": "" if score.plain is None else f"{score.plain:.4f}",
             "logprob": "" if score.logprob is None else f"{score.logprob:.4f}", "tokens": found.tokens[task],
-            "seconds": f"{found.seconds[task]:.1f}", "how": found.how, "date": found.date, "torch": found.versions["torch"]}
+            "seconds": f"{found.seconds[task]:.1f}", "how": found.how, "date": found.date, "torch": found.versions["torch"],
+            "source": "tests/bench/bench_evaluating.py"}
 
 
 def compare(name: str, kept: Outcomes, quants: Sequence[str]) -> list:
@@ -153,6 +167,8 @@ if __name__ == "__main__":
     parser.add_argument("--quants", default=",".join(QUANTS), help=f"made of each file (default {','.join(QUANTS)}), or none")
     parser.add_argument("--tasks", default=",".join([*shipped(), NEEDLES]))
     parser.add_argument("--limit", type=int, help="only the first items of each task, to try it out")
+    parser.add_argument("--every", type=int, default=1, help="every so many items, where all would take too long")
+    parser.add_argument("--fast", action="store_true", help="in bfloat16, with more memory")
     parser.add_argument("--csv", type=Path, default=TOP / "data" / "evaluations.csv")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
@@ -160,6 +176,6 @@ if __name__ == "__main__":
     for model, file in models.items():
         outcomes = Outcomes(given.results / f"evaluations-{model}.json")
         made = measure(model, Path(file), Rows(given.csv), outcomes, [q for q in given.quants.split(",") if q != "none"],
-                       given.tasks.split(","), given.limit)
+                       given.tasks.split(","), given.limit, given.every, given.fast)
         for comparison in compare(model, outcomes, made):
             print(f"\n{comparison}", flush=True)
