@@ -102,7 +102,9 @@ def test_frontiers_are_drawn(state, against_what):
     line, *ages, chosen = picture["data"]
     assert [trace["name"] for trace in ages] == [name for name, *_ in AGES]
     points = {(x, y) for trace in ages for x, y in zip(trace["x"], trace["y"], strict=True)}
-    assert set(zip(line["x"], line["y"], strict=True)) <= points and len(points) == len({key_of(c) for c in look.shown})
+    last = min(c.quality[1] for c in look.advice.leaders)
+    assert set(zip(line["x"], line["y"], strict=True)) <= points
+    assert len(points) == len({key_of(c) for c in look.shown if c.quality[1] >= last})
     assert {c.entry.name for c in look.advice.leaders} <= {t.split("<b>")[1].split("</b>")[0] for trace in ages
                                                            for t in trace["customdata"]}
     for x, y in points:                           # nothing lies beyond the frontier

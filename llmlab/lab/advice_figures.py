@@ -27,22 +27,28 @@ def advice_figure(look: Look, against: str = "GiB") -> go.Figure:
 
 
 def advice_picture(look: Look, against: str = "GiB", chosen: Choice | None = None) -> dict:
-    """{"data", "layout"} of advice_figure. Traces: the frontier, a trace for each of AGES, the chosen one."""
-    frontier = look.by_size if against == "GiB" else look.by_speed
+    """{"data", "layout"} of advice_figure. Traces: the frontier, a trace for each of AGES, the chosen one. What is expected
+    below the last model's first choice is left out: it is there only because it is small. First choices have their range."""
+    bottom = min((c.quality[1] for c in look.advice.leaders), default=0)
+    frontier = [c for c in (look.by_size if against == "GiB" else look.by_speed) if c.quality[1] >= bottom]
+
     def cost(c: Choice) -> float:
         return c.bytes / GIB if against == "GiB" else c.decode
-    shown = [c for c in look.shown if against == "GiB" or c.decode]
+
+    shown = [c for c in look.shown if c.quality[1] >= bottom and (against == "GiB" or c.decode)]
     everything = [*shown, *([chosen] if chosen and (against == "GiB" or chosen.decode) else [])]
     top, right = max((c.quality[2] for c in everything), default=100), max(map(cost, everything), default=10)
-    bottom = min((c.quality[0] for c in everything), default=0)
-    room = 0.08 * (top - bottom) or 1
-    span = (0, 1.08 * right), (bottom - room, top + room)
+    least = min((c.quality[0] for c in look.advice.leaders), default=0)
+    least = max(least, bottom - 0.4 * (top - bottom))
+    room = 0.08 * (top - least) or 1
+    span = (0, 1.08 * right), (least - room, top + room)
+    first = set(map(id, look.advice.leaders))
     names = _named(everything[::-1], frontier, cost, span)
     return {
         "data": [{"type": "scatter", "mode": "lines", "name": "frontier", "x": [cost(c) for c in frontier],
                   "y": [c.quality[1] for c in frontier], "hoverinfo": "skip",
                   "line": {"color": GREY, "width": 1.5, "dash": "dot", "shape": "hv" if against == "GiB" else "linear"}},
-                 *(_aged(at, [c for c in shown if _age(c) == at], cost, names) for at in range(len(AGES))),
+                 *(_aged(at, [c for c in shown if _age(c) == at], cost, names, first) for at in range(len(AGES))),
                  {"type": "scatter", "mode": "markers", "name": "chosen", "x": [cost(c) for c in everything[len(shown):]],
                   "y": [c.quality[1] for c in everything[len(shown):]], "hoverinfo": "skip", "showlegend": False,
                   "marker": {"symbol": "circle-open", "size": 20, "color": RED, "line": {"width": 2}}}],
@@ -58,15 +64,17 @@ def _age(c: Choice) -> int:
     return next(at for at, (_, last, *_) in enumerate(AGES) if not last or c.entry.release[:7] <= last)
 
 
-def _aged(at: int, choices: Sequence[Choice], cost, names: set) -> dict:
+def _aged(at: int, choices: Sequence[Choice], cost, names: set[int], first: set[int]) -> dict:
     name, _, colour, symbol = AGES[at]
+    ranges = [c.quality if id(c) in first else (c.quality[1],) * 3 for c in choices]
     return {"type": "scatter", "mode": "markers+text", "name": name, "showlegend": bool(choices),
             "x": [cost(c) for c in choices], "y": [c.quality[1] for c in choices],
             "text": [c.entry.name if id(c) in names else "" for c in choices], "textposition": "bottom center",
-            "textfont": {"size": 11, "color": GREY}, "marker": {"color": colour, "symbol": symbol, "size": 10},
+            "textfont": {"size": 11, "color": GREY},
+            "marker": {"color": colour, "symbol": symbol, "size": [10 if id(c) in first else 6 for c in choices]},
             "error_y": {"type": "data", "symmetric": False, "color": colour, "thickness": 1, "width": 3,
-                        "array": [c.quality[2] - c.quality[1] for c in choices],
-                        "arrayminus": [c.quality[1] - c.quality[0] for c in choices]},
+                        "array": [high - best for _, best, high in ranges],
+                        "arrayminus": [best - low for low, best, _ in ranges]},
             "customdata": [f"<b>{c.entry.name}</b>, {c.entry.release}, {c.quant}<br>{quality_words(c)}<br>"
                            f"{c.bytes / GIB:.1f} GiB, {speed_words(c)} tokens/s<br>{c.placement}" for c in choices],
             "hovertemplate": "%{customdata}<extra></extra>"}

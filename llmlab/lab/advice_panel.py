@@ -32,7 +32,7 @@ CONTEXTS = tuple(2**k for k in range(11, 18))
 LICENSES = (("any", NOTHING), ("open: Apache-2.0 or MIT", "open"), ("Apache-2.0", "Apache-2.0"), ("MIT", "MIT"),
             ("Llama's", "Llama"), ("Gemma's", "Gemma"))
 STEPS = 20                        # of the slider that asks for a least score
-MOST_ROWS = 12
+MOST_ROWS = 10
 _FOLDS = {"get and run it": (RunBox, "the commands that get the chosen one and run it"),
           "not scored here": (UnknownBox, "what fits and has no score in this setting"),
           "old 13B, new 7B": (AgainstBox, "Llama 2 13B beside newer and smaller models, in every setting that scores both"),

@@ -118,8 +118,15 @@ def row_of(c: Choice) -> dict:
     """A choice as a row of texts."""
     return {"model": c.entry.name, "from": c.entry.release, "quant": c.quant, "KV cache": "/".join(dict.fromkeys(c.kv)),
             "placement": c.placement, "GiB": f"{c.bytes / GIB:.1f}", "tokens/s": speed_words(c),
-            "score to expect": quality_words(c), "as published": points(c.published[1]), "why it is here": c.why,
-            "what would change that": c.changes}
+            "score to expect": quality_words(c), "why": _why(c), "what would change that": c.changes}
+
+
+def _why(c: Choice) -> str:
+    """Where the score comes from."""
+    if c.lost[1] < 0.05:
+        return f"{points(c.published[1])} published"
+    cache = "" if c.kv == ("f16", "f16") else f", {'/'.join(dict.fromkeys(c.kv))}"
+    return f"{points(c.published[1])} less {points(c.lost[1])} for {c.quant}{cache}"
 
 
 def unknown_row(one: Unknown) -> dict:

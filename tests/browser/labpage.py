@@ -242,9 +242,9 @@ class Notebook:
         """What sticks out of an element, and texts of its chart on top of each other. A wide table scrolls."""
         return self.page.evaluate(_OVERFLOW, where)
 
-    def readable(self, where: str, picture: Path, texts: int) -> None:
+    def readable(self, where: str, picture: Path, texts: int, across: int = 1) -> None:
         """In both themes: more than so many texts, each with contrast enough, nothing that sticks out, and a chart as wide as
-        its panel. A picture of each is kept, "<picture>-dark.png"."""
+        its panel, or so many `across` as wide. A picture of each is kept, "<picture>-dark.png"."""
         panel = self.page.locator(where).first
         for theme in THEMES:
             self.theme(theme)
@@ -254,7 +254,7 @@ class Notebook:
             assert len(seen) > texts and [pair for pair in seen if pair[1] < READABLE] == [], theme
             assert not (found := self.overflow(where)), (theme, found)
             chart, whole = (self.page.locator(f"{where}{part}").first.bounding_box() for part in (" .main-svg", ""))
-            assert chart["width"] > 0.97 * whole["width"]
+            assert chart["width"] > 0.97 * whole["width"] / across
         self.theme(THEMES[0])
 
     def latencies(self, presses: int, control=None, keys=("ArrowRight", "ArrowLeft"), where=".llmlab-fit") -> list[float]:
