@@ -367,6 +367,8 @@ def test_progress_is_told_as_it_is_made():
     sweep(pair, GRID, n_jobs=2, progress=said.append)
     assert [sum(one.done) for one in said] == [1, 2, 3, 4, 5, 6] and len(said[0].table) == 6
     assert [row["total"] for row in said[-1].table] == [13, 23, 11, 21, 12, 22]
+    sweep(pair, GRID, progress=said.append)
+    assert len(said) == 7 and said[-1].found == 6        # all from before: once
 
 
 def test_a_bar_counts_what_was_there(capsys):

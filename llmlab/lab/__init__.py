@@ -19,7 +19,7 @@ _RUNNING = {      # name -> module that needs torch, or time
     "HybridPanel": "hybrid_panel", "HybridState": "hybrid_state",
     "OffloadExplorer": "offload_panel", "OffloadState": "offload_state", "RunState": "offload_run",
     "ServingExplorer": "serving_panel", "ServingState": "serving_state", "ServingRun": "serving_run",
-    "QuantizationExplorer": "quantization_panel",
+    "QuantizationExplorer": "quantization_panel", "SweepChart": "sweep_chart",
     "QuantizationState": "quantization_state", "TwinState": "quantization_twin", "quality_figure": "quantization_figures",
     "rates_figure": "quantization_figures",
 }

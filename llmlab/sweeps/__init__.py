@@ -136,7 +136,10 @@ def sweep(function: Callable, grid: Mapping[str, Sequence] | Sequence[Mapping], 
         run.compute(function, used, on_error == "raise")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{run.kept_words()}; the same call goes on from there") from None
-    return run.so_far()
+    done = run.so_far()
+    if callable(progress) and not done.workers:          # all from before: it has not been called yet
+        progress(done)
+    return done
 
 
 class _Run:
