@@ -141,7 +141,8 @@ class _Told:
         """Its methods and plain attributes; what else hangs on a class says nothing about results."""
         self.each((base for base in kind.__bases__ if base is not object), name)
         for attribute, value in sorted(vars(kind).items()):
-            value = getattr(value, "__func__", getattr(value, "fget", value))
+            for inner in ("__func__", "fget", "func"):   # a class' method, a property, a cached one
+                value = getattr(value, inner, value)
             if isinstance(value, (*_PLAIN, str, FunctionType)) and attribute not in ("__doc__", "__firstlineno__"):
                 self.say(attribute)
                 self.tell(value, f"{name}.{attribute}")

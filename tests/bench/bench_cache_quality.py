@@ -1,15 +1,16 @@
 """What each type of KV cache costs the real model: divergence from an exact cache, by depth, and needles found in a haystack.
 
-    python tests/bench/bench_cache_quality.py [--csv FILE] [--needles FILE] [--only divergence|depth|needles]
+    python tests/bench/bench_cache_quality.py [--csv FILE] [--needles FILE] [--only divergence|depth|needles] [--jobs N]
 
-Makes data/kv_quality_smollm2_135m.csv and data/kv_needles_smollm2_135m.csv, rows as soon as they are measured; rows that are
-there already are not measured again. SmolLM2 135M Instruct with the weights of its file (Q4_1, Q8_0), multiplied in float32, so
-that nothing differs but the cache; the text is the beginning of the one llmlab ships, read as one chunk of `CONTEXT` tokens
-(`LONG` for those of `DEEP`), and every token but the last is scored.
+Makes data/kv_quality_smollm2_135m.csv and data/kv_needles_smollm2_135m.csv; rows that are there already are not measured again,
+and what was measured before it was stopped is kept by `llmlab.sweep`. SmolLM2 135M Instruct with the weights of its file (Q4_1,
+Q8_0), multiplied in float32, so that nothing differs but the cache; the text is the beginning of the one llmlab ships, read as
+one chunk of `CONTEXT` tokens (`LONG` for those of `DEEP`), and every token but the last is scored.
 """
 
 import argparse
 import csv
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ if str(TOP) not in sys.path:
     sys.path.insert(0, str(TOP))
 
 import llmlab  # noqa: E402
-from llmlab.quality import CacheDivergence, CacheSettings, cache_divergences, find_needles  # noqa: E402
+from llmlab.quality import CacheDivergence, CacheSettings, Needles, cache_divergences, find_needles  # noqa: E402
 from llmlab.runtime.decoder import Decoder  # noqa: E402
 
 pytestmark = pytest.mark.bench
@@ -87,43 +88,60 @@ def row_of(found: CacheDivergence) -> dict:
         "note": "" if not found.cache.recent + found.cache.sinks else "bits without the tokens kept in f16"}
 
 
-def measure(target: Path, model, groups: Iterable[Sequence[CacheSettings]], context: int = CONTEXT, tokens=None,
-            chunks: int = 1) -> list[dict]:
-    """Rows of every cache that the table lacks; those of a group side by side on one reading of the reference."""
+def diverging(model: Path, caches: tuple, context: int, chunks: int) -> list[CacheDivergence]:
+    """Side by side on one reading of the reference."""
+    return cache_divergences(model, caches, None, context, chunks=chunks, progress=False)
+
+
+def measure(target: Path, model: Path, groups: Iterable[Sequence[CacheSettings]], context: int = CONTEXT, chunks: int = 1,
+            jobs: int = 1, folder: Path | None = None) -> list[dict]:
+    """Rows of every cache that the table lacks, a group a point."""
     table = Rows(target, COLUMNS, (*SETTINGS, "context"))
-    for group in groups:
-        missing = [one for one in group if not table.has(context=context, **settings_of(one))]
-        for found in cache_divergences(model, missing, tokens, context, chunks=chunks, progress=False) if missing else ():
+    missing = [tuple(one for one in group if not table.has(context=context, **settings_of(one))) for group in groups]
+    points = [{"model": model, "caches": group, "context": context, "chunks": chunks} for group in missing if group]
+    for group in llmlab.sweep(diverging, points, n_jobs=jobs, folder=folder, on_error="raise").results:
+        for found in group:
             table.add(row_of(found))
             print(found, flush=True)
     return table.rows
 
 
-def search(target: Path, model, caches: Iterable[CacheSettings], length: int = HIDDEN, trials: int = TRIALS,
-           places: Sequence[float] = PLACES) -> list[dict]:
+@functools.cache
+def opened(model: Path) -> Decoder:
+    return Decoder.open(model, torch.float32, "compact")
+
+
+def searched(model: Path, cache: CacheSettings, length: int, places: tuple, trials: int) -> Needles:
+    return find_needles(opened(model), cache, length, places, trials=trials)
+
+
+def search(target: Path, model: Path, caches: Iterable[CacheSettings], length: int = HIDDEN, trials: int = TRIALS,
+           places: Sequence[float] = PLACES, jobs: int = 1, folder: Path | None = None) -> list[dict]:
     """Rows of every cache that the table of needles lacks, one for each depth."""
-    table, decoder = Rows(target, NEEDLES, (*SETTINGS, "length")), Decoder.open(model, torch.float32, "compact")
+    table = Rows(target, NEEDLES, (*SETTINGS, "length"))
     source = f"tests/bench/bench_cache_quality.py, {trials} haystack{'s' if trials > 1 else ''} of {length} tokens"
-    for cache in caches:
-        if not table.has(length=length, **settings_of(cache)):
-            found = find_needles(decoder, cache, length, places, trials=trials)
-            print(found, flush=True)
-            for row in found.by_depth():
-                table.add(settings_of(cache) | {
-                    "length": length, "depth": row["depth"], "needles": row["needles"], "found": f"{row['found']:g}",
-                    "preferred": f"{row['preferred']:g}", "log_likelihood": f"{row['log_likelihood']:.3f}",
-                    "margin": f"{row['margin']:.3f}", "source": source})
+    points = [{"model": model, "cache": cache, "length": length, "places": tuple(places), "trials": trials}
+              for cache in caches if not table.has(length=length, **settings_of(cache))]
+    done = llmlab.sweep(searched, points, n_jobs=jobs, folder=folder, on_error="raise")
+    for point, found in zip(points, done.results, strict=True):
+        print(found, flush=True)
+        for row in found.by_depth():
+            table.add(settings_of(point["cache"]) | {
+                "length": length, "depth": row["depth"], "needles": row["needles"], "found": f"{row['found']:g}",
+                "preferred": f"{row['preferred']:g}", "log_likelihood": f"{row['log_likelihood']:.3f}",
+                "margin": f"{row['margin']:.3f}", "source": source})
     return table.rows
 
 
 def test_divergence_of_two(tmp_path):
-    rows = measure(tmp_path / "rows.csv", llmlab.fetch("smollm2-135m"), [PLAIN[:5:4]], 128)
+    rows = measure(tmp_path / "rows.csv", llmlab.fetch("smollm2-135m"), [PLAIN[:5:4]], 128, folder=tmp_path / "kept")
     low, high = (float(row["mean_kld"]) for row in rows)
     assert 0 < 10 * low < high
 
 
 def test_needles_of_two_depths(tmp_path):
-    rows = search(tmp_path / "rows.csv", llmlab.fetch("smollm2-135m"), SEARCHED[:1], 256, 1, (0.0, 1.0))
+    rows = search(tmp_path / "rows.csv", llmlab.fetch("smollm2-135m"), SEARCHED[:1], 256, 1, (0.0, 1.0),
+                  folder=tmp_path / "kept")
     assert [row["found"] for row in rows] == ["1", "1"]
 
 
@@ -132,11 +150,12 @@ if __name__ == "__main__":
     parser.add_argument("--csv", type=Path, default=TOP / "data" / "kv_quality_smollm2_135m.csv")
     parser.add_argument("--needles", type=Path, default=TOP / "data" / "kv_needles_smollm2_135m.csv")
     parser.add_argument("--only", choices=("divergence", "depth", "needles"))
+    parser.add_argument("--jobs", type=int, default=1, help="processes; each holds the model")
     given = parser.parse_args()
     path = llmlab.fetch("smollm2-135m")
     if given.only in (None, "divergence"):
-        measure(given.csv, path, GROUPS)
+        measure(given.csv, path, GROUPS, jobs=given.jobs)
     if given.only in (None, "needles"):
-        search(given.needles, path, SEARCHED)
+        search(given.needles, path, SEARCHED, jobs=given.jobs)
     if given.only in (None, "depth"):
         measure(given.csv, path, [DEEP], LONG)

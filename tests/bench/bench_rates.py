@@ -1,16 +1,18 @@
 """Rate and distortion of the real model: every quant, with and without an importance matrix, and mixes by measurement.
 
     python tests/bench/bench_rates.py [--csv FILE] [--folder FOLDER] [--plain QUANTS] [--important QUANTS] [--mixes QUANTS]
-                                      [--high-plain QUANTS] [--high QUANTS] [--high-mixes QUANTS]
+                                      [--high-plain QUANTS] [--high QUANTS] [--high-mixes QUANTS] [--jobs N]
     python tests/bench/bench_rates.py --speeds --folder FOLDER
 
-Makes data/quality_smollm2_135m.csv, a row as soon as it is measured; rows that are there already are not measured again.
+Makes data/quality_smollm2_135m.csv; rows that are there already are not measured again, and what was measured before it was
+stopped is kept by `llmlab.sweep`.
 "Q4_K_M high" is Q4_K_M of the longer search, effort="high": the same types, as many bytes. `--speeds` measures nothing but how
 fast each row's types write a token, on a machine that should be idle, and fills in two columns.
 SmolLM2 can be had only quantized, so the original is `quality.unrounded` of it in F16. The text that llmlab ships is cut in
 three, so that nothing is measured on what it was chosen by: its first 512 tokens say what each tensor's type costs (for the
 mixes), the next two chunks of 512 are what is measured on, and the importance matrix is of eight chunks after those. A mix
-has at most the bytes of the quant it is named after and uses the importance matrix. `--folder` keeps what takes long.
+has at most the bytes of the quant it is named after and uses the importance matrix. `--folder` keeps what takes long; it is
+in llmlab's cache where none is given.
 """
 
 import argparse
@@ -22,8 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from datetime import date
-from functools import cached_property
-from itertools import groupby
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import psutil
@@ -34,7 +35,7 @@ if str(TOP) not in sys.path:
     sys.path.insert(0, str(TOP))
 
 import llmlab  # noqa: E402
-from llmlab import hardware, quality  # noqa: E402
+from llmlab import hardware, places, quality  # noqa: E402
 from llmlab.benching.children import Child  # noqa: E402
 from llmlab.quality.corpus import Tokens  # noqa: E402
 from llmlab.quality.swapping import blocks_in, matrices, packed_in, swapped  # noqa: E402
@@ -140,24 +141,34 @@ def write(target: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def measure(lab: Lab, target: Path, asked: Iterable[tuple[str, bool]]) -> list[dict]:
-    """Every row asked for, (name, whether with the importance matrix), that the file lacks, written as it is found; quants of
-    the very same types are measured once."""
-    rows, known = read(target), {}
+@lru_cache(1)
+def laboratory(folder: str) -> Lab:
+    return Lab(Path(folder))
+
+
+@lru_cache(1)
+def making(folder: str, weighed: bool, effort: str) -> Callable:
+    lab = laboratory(folder)
+    return maker(lab, lab.importance if weighed else None, effort)
+
+
+def compared(folder: str, types: dict, weighed: bool, effort: str) -> quality.Divergence:
+    return laboratory(folder).measured(types, making(folder, weighed, effort))
+
+
+def measure(lab: Lab, target: Path, asked: Iterable[tuple[str, bool]], jobs: int = 1) -> list[dict]:
+    """Every row asked for, (name, whether with the importance matrix), that the file lacks; quants of the very same types are
+    one point of the sweep."""
+    rows = read(target)
     done = {(row["quant"], row["imatrix"] != "None") for row in rows}
-    missing = [row for row in asked if row not in done]
-    for (weighed, high), names in groupby(missing, lambda row: (row[1], row[0].endswith(" high"))):
-        made = maker(lab, lab.importance if weighed else None, "high" if high else "normal")
-        for name, _ in names:
-            plan = lab.plan(name, weighed)
-            types = {row.name: row.type for row in plan.rows}
-            key = weighed, high, tuple(types.items())
-            if key not in known:
-                known[key] = lab.measured(types, made)
-            rows.append(row_of(name, weighed, plan, known[key]))
-            write(target, rows)
-            bits = rows[-1]["bits_per_weight"]
-            print(f"{name:<18} {'importance' if weighed else '':<11} {bits} bits  {known[key]}", flush=True)
+    plans = {row: lab.plan(*row) for row in asked if row not in done}
+    points = [{"folder": str(lab.folder), "types": {row.name: row.type for row in plan.rows}, "weighed": weighed,
+               "effort": "high" if name.endswith(" high") else "normal"} for (name, weighed), plan in plans.items()]
+    found = llmlab.sweep(compared, points, n_jobs=jobs, folder=lab.folder / "compared", on_error="raise").results
+    rows += [row_of(name, weighed, plan, one) for ((name, weighed), plan), one in zip(plans.items(), found, strict=True)]
+    write(target, rows)
+    for row, one in zip(rows[-len(found):] if found else (), found, strict=True):
+        print(f"{row['quant']:<18} imatrix {row['imatrix']:<9} {row['bits_per_weight']} bits  {one}", flush=True)
     return rows
 
 
@@ -202,7 +213,7 @@ def speeds(lab: Lab, target: Path) -> list[dict]:
 
 
 def test_rates_of_two(tmp_path):
-    lab, target = Lab(tmp_path), tmp_path / "rates.csv"
+    lab, target = laboratory(str(tmp_path)), tmp_path / "rates.csv"
     rows = measure(lab, target, [("Q8_0", False), ("Q4_0", False), ("Q4_0 high", False)])
     low, high, longer = (float(row["mean_kld"]) for row in rows)
     assert 0 < low < longer < high
@@ -218,6 +229,7 @@ if __name__ == "__main__":
     for option, usual in (("plain", PLAIN), ("important", IMPORTANT), ("mixes", MIXES), ("high-plain", HIGH_PLAIN),
                           ("high", HIGH), ("high-mixes", HIGH_MIXES)):
         parser.add_argument(f"--{option}", default=usual)
+    parser.add_argument("--jobs", type=int, default=1, help="processes; each holds the model")
     parser.add_argument("--speeds", action="store_true")
     given = parser.parse_args()
     asked = [(quant, False) for quant in given.plain.split()] + [(quant, True) for quant in given.important.split()]
@@ -225,6 +237,7 @@ if __name__ == "__main__":
     asked += [(f"{quant} high", False) for quant in given.high_plain.split()]
     asked += [(f"{quant} high", True) for quant in given.high.split()]
     asked += [(f"mix at {quant} high", True) for quant in given.high_mixes.split()]
-    with tempfile.TemporaryDirectory() as own:
-        lab = Lab(given.folder or Path(own))
-        speeds(lab, given.csv) if given.speeds else measure(lab, given.csv, asked)
+    folder = given.folder or places.cache() / "rates"
+    folder.mkdir(parents=True, exist_ok=True)
+    lab = laboratory(str(folder))
+    speeds(lab, given.csv) if given.speeds else measure(lab, given.csv, asked, given.jobs)
