@@ -24,7 +24,7 @@ def command(p: "HostsPlan", engine: str | None = None, addresses: Sequence[str] 
     if name not in ("llama.cpp", "vllm"):
         raise LabError(f"{str(name)[:40]!r} runs on no several hosts here; there are llama.cpp (RPC) and vllm (Ray)")
     if name != p.engine:
-        raise LabError(f"this plan is {TITLES[p.engine]}'s; llmlab.fit_hosts(..., engine={name!r}) makes one of {TITLES[name]}'s")
+        raise LabError(f"this plan is {TITLES[p.engine]}'s; llmlab.fit_hosts(..., engine={name!r}) makes another")
     notes: list[str] = []
     at = _addresses(p, addresses, notes)
     text = _rpc(p, at, notes) if name == "llama.cpp" else _ray(p, at, notes)
