@@ -18,7 +18,7 @@ RECORDED = "hybrid_routing.csv"
 class Curve:
     """Of n questions, arrays of n + 1, the k-th with k of them sent out. share: k / n. quality: the mean score, the k most
     unsure sent out; by_chance: in the mean over all ways to send k; oracle: the k that gain most. cost: of the k most unsure,
-    a question in the mean."""
+    a question in the mean. gains, doubt: of each question."""
 
     signal: str
     share: np.ndarray
@@ -26,6 +26,18 @@ class Curve:
     by_chance: np.ndarray
     oracle: np.ndarray
     cost: np.ndarray
+    gains: np.ndarray
+    doubt: np.ndarray
+
+    @cached_property
+    def luck(self) -> float:
+        """How far `gained` strays from 0 where doubt says nothing: a standard deviation, over 400 shuffles of it."""
+        best = float((self.oracle - self.by_chance).mean())
+        if best <= 0:
+            return 0.0
+        draw, line, n = np.random.default_rng(0), self.by_chance - self.by_chance[0], len(self.gains)
+        found = [(_summed(self.gains, draw.permutation(self.doubt)) / n - line).mean() / best for _ in range(400)]
+        return float(np.std(found))
 
     @cached_property
     def gained(self) -> float:
@@ -61,7 +73,7 @@ class Curve:
         others = f"by chance {self.by_chance[k]:.0%}, by an oracle {self.oracle[k]:.0%}"
         return (f"{len(self.share) - 1} questions: {self.local:.0%} right here, {self.remote:.0%} there. With 30% sent out by "
                 f"{self.signal} {self.quality[k]:.0%} are, {others}; over all shares the signal has {self.gained:.0%} of what "
-                "an oracle gains over chance.")
+                f"an oracle gains over chance (luck alone: up to {2 * self.luck:.0%}).")
 
 
 def route_curve(local: Sequence[float], remote: Sequence[float], signal: Sequence[float], cost: Sequence[float] | float = 0.0,
@@ -75,7 +87,7 @@ def route_curve(local: Sequence[float], remote: Sequence[float], signal: Sequenc
     n, gain = len(local), remote - local
     share = np.arange(n + 1) / n
     return Curve(name, share, local.mean() + _summed(gain, signal) / n, local.mean() + share * gain.mean(),
-                 local.mean() + _summed(gain, gain) / n, _summed(costs, signal) / n)
+                 local.mean() + _summed(gain, gain) / n, _summed(costs, signal) / n, gain, signal)
 
 
 def _summed(values: np.ndarray, order: np.ndarray) -> np.ndarray:
