@@ -53,6 +53,9 @@ clean:
 help:
 	@sed -n '1,4s/^# //p' Makefile
 
+LLAMA = $(shell sed -n 's/.*"llama-cpp-python==\([0-9.]*\)".*/\1/p' pyproject.toml)
+KEPT := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llmlab/wheels
+
 # A file in .venv per kind of install: a second call does nothing until pyproject.toml changes.
 $(VENV)/.lab: EXTRAS :=
 $(VENV)/.test: EXTRAS := [test]
@@ -60,6 +63,15 @@ $(VENV)/.peers: EXTRAS := [test,peers]
 
 $(VENV)/.lab $(VENV)/.test $(VENV)/.peers: $(VENV)/.made pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.$(EXTRAS)'
+	@touch $@
+
+# llama.cpp with its RPC backend, which other wheels lack, also the one that pip may keep: built once, in a folder of its own.
+$(VENV)/.peers: $(VENV)/.llama
+$(VENV)/.llama: $(VENV)/.made pyproject.toml
+	@ls '$(KEPT)'/llama_cpp_python-$(LLAMA)-*.whl >/dev/null 2>&1 || CMAKE_ARGS=-DGGML_RPC=ON $(BIN)/python -m pip wheel \
+	  --quiet --no-cache-dir --no-deps --no-binary llama-cpp-python --wheel-dir '$(KEPT)' llama-cpp-python==$(LLAMA)
+	@$(BIN)/python -c 'import llama_cpp, sys; sys.exit(not llama_cpp.llama_supports_rpc())' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --force-reinstall --no-deps '$(KEPT)'/llama_cpp_python-$(LLAMA)-*.whl
 	@touch $@
 
 # .made holds the folder it was made in: a checkout that was moved, or a Python that is gone, gets a new environment.

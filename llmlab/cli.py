@@ -1,5 +1,5 @@
-"""The same functions from a shell: llmlab fit, fits, best, plan, size, mix, importance, quantize, run, serve, evaluate, bench,
-doctor, claims, stores, fetch, models, gpus, lab.
+"""The same functions from a shell: llmlab fit, fits, hosts, best, plan, size, mix, importance, quantize, run, serve, evaluate,
+bench, doctor, claims, stores, fetch, models, gpus, lab.
 
 Imports wait until a command needs them, so that an answer takes a fraction of a second; nothing here imports torch.
 """
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_fit(commands)
     _add_fits(commands)
+    _add_hosts(commands)
     _add_best(commands)
     _add_plan(commands)
     for name, run, says in (("size", _size, "exact bytes of a model in a quant"),
@@ -129,6 +130,26 @@ def _add_fits(commands) -> None:
     one.add_argument("--context", type=_tokens, default=8192, help="tokens: 8192 (default), 32k")
     one.add_argument("--kv", default="f16", help="cache type, or K,V: q8_0 or q8_0,q4_0 (default f16)")
     _finish(one, _fits)
+
+
+def _add_hosts(commands) -> None:
+    one = commands.add_parser("hosts", help="a model over several hosts: what goes where, what travels, how fast")
+    one.add_argument("model", metavar="MODEL", help="name, GGUF, config.json or its folder, or hub id")
+    one.add_argument("hosts", metavar="HOST", nargs="+", help="a host's cards, the head first: rtx-3090-24gb,rtx-3090-24gb; "
+                     "'none': a head without a card")
+    one.add_argument("--network", default="eth-1g", help="eth-1g (default), eth-2.5g, eth-10g, wifi6-2x2, ..., or '9.4 Gb/s'")
+    one.add_argument("--round-trip", type=float, metavar="SECONDS", help="of a small message and its answer, where measured")
+    one.add_argument("--bridge", metavar="LINK", help="between a host's cards, where not their slots: nvlink3-bridge-3090")
+    one.add_argument("--quant", help="such as Q4_K_M (default: as stored in a GGUF, else Q4_K_M)")
+    one.add_argument("--context", type=_tokens, default=8192, help="tokens that all sequences share: 8192 (default), 32k")
+    one.add_argument("--kv", default="f16", help="cache type, or K,V: q8_0 or q8_0,q4_0 (default f16)")
+    one.add_argument("--engine", default="llama.cpp", help="llama.cpp (default, its RPC) or vllm (on Ray)")
+    one.add_argument("--split", help="llama.cpp: shares of the cards, the workers' first: 3,1")
+    one.add_argument("--sequences", type=int, default=1, help="requests at once; they share the context")
+    one.add_argument("--commands", action="store_true", help="only what to start on each host")
+    one.add_argument("--address", action="append", metavar="ADDRESS", help="for --commands: of each host in their network, the "
+                     "head's first (again for each)")
+    _finish(one, _hosts)
 
 
 def _add_best(commands) -> None:
@@ -361,6 +382,18 @@ def _show_command(command, as_json: bool) -> None:
 
 def _kv(text: str) -> str | tuple[str, ...]:
     return tuple(text.split(",")) if "," in text else text
+
+
+def _hosts(a: argparse.Namespace, rest: list[str]) -> None:
+    from .clustering import fit_hosts
+    plan = fit_hosts(a.model, [[] if host.lower() == "none" else host.split(",") for host in a.hosts], network=a.network,
+                     quant=a.quant, context=a.context, kv=_kv(a.kv), engine=a.engine, split=a.split, sequences=a.sequences,
+                     round_trip=a.round_trip, bridge=a.bridge)
+    if a.commands:
+        return _show_command(plan.command(addresses=a.address), a.json)
+    if a.json:
+        return _print_json(plan.to_dict())
+    print(f"{plan.answer}\n{plan.table}\n\n{plan.traffic_table}")
 
 
 def _fits(a: argparse.Namespace, rest: list[str]) -> None:

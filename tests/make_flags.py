@@ -28,6 +28,10 @@ READ = {
     "lms load": {
         "source": "lmstudio-ai/lms src/subcommands/load.ts; lmstudio.ai/docs/cli/load",
         "names": ["--gpu", "--context-length", "--parallel", "--ttl", "--identifier", "--estimate-only", "--yes"]},
+    "ray start": {
+        "source": "ray 2.60.0, ray/scripts/scripts.py, start (a test holds it against a ray that is installed)",
+        "names": ["--address", "--block", "--disable-usage-stats", "--head", "--node-ip-address", "--num-cpus", "--num-gpus",
+                  "--port", "--resources"]},
     "lms import": {"source": "lmstudio.ai/docs/cli/local-models/import",
                    "names": ["--user-repo", "--yes", "--copy", "--hard-link", "--symbolic-link", "--dry-run"]},
 }
@@ -86,6 +90,7 @@ def llama_cpp(folder: Path) -> dict:
     speculative = (source / "common" / "speculative.cpp").read_text(encoding="utf-8")
     quantize = (source / "tools" / "quantize" / "quantize.cpp").read_text(encoding="utf-8")
     convert = (source / "convert_hf_to_gguf.py").read_text(encoding="utf-8")
+    rpc = source / "tools" / "rpc"
     return {
         "version": version((folder / "PKG-INFO").read_text(encoding="utf-8")), "source": "llama-cpp-python, vendor/llama.cpp",
         "options": options,
@@ -95,6 +100,8 @@ def llama_cpp(folder: Path) -> dict:
             "--flash-attn": re.search(r'"--flash-attn" \}, "\[([^\]]*)\]"', text)[1].split("|"),
             "--fit": re.search(r'"--fit" \}, "\[([^\]]*)\]"', text)[1].split("|"),
             "--spec-type": re.findall(r'^    \{"([a-z0-9-]+)",\s+COMMON_SPECULATIVE_TYPE', speculative, re.MULTILINE)},
+        "rpc server": [re.search(r"set\(TARGET ([\w-]+)\)", (rpc / "CMakeLists.txt").read_text(encoding="utf-8"))[1],
+                       *sorted(set(re.findall(r'arg == "(--\w+)"', (rpc / "rpc-server.cpp").read_text(encoding="utf-8"))))],
         "llama-quantize": sorted(set(re.findall(r'"(--[a-z-]+)"', quantize))),
         "convert_hf_to_gguf.py": sorted(set(re.findall(r'"(--[a-z-]+)"', convert))),
         "outtypes": re.findall(r'"(\w+)"', re.search(r'"--outtype".*?choices=\[([^\]]*)\]', convert, re.DOTALL)[1])}

@@ -44,6 +44,9 @@ def _addresses(p: "HostsPlan", given: Sequence[str] | None, notes: list[str]) ->
     wrong = next((a for a in given if not isinstance(a, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", a)), None)
     if wrong is not None:
         raise LabError(f"{str(wrong)[:60]!r} is no address; give an IPv4 address or a host's name, without a port")
+    named = next((a for a in given[1:] if not re.fullmatch(r"(\d{1,3}\.){3}\d{1,3}", a)), None)
+    if named is not None and p.engine == "llama.cpp":
+        raise LabError(f"{named!r:.60} is no IPv4 address, and ggml-rpc-server listens on nothing else; give one like 10.0.0.2")
     return dict(zip(names, given, strict=True))
 
 
@@ -55,8 +58,9 @@ def _rpc(p: "HostsPlan", at: dict[str, str], notes: list[str]) -> str:
     if workers:
         notes.append("llama.cpp's RPC is neither encrypted nor authenticated, and a server runs what it is sent: a private "
                      "network only, never an open one.")
-        notes.append("The same version of llama.cpp on every host, built with -DGGML_RPC=ON (older ones call it rpc-server); "
-                     "--cache keeps large tensors on the worker's disk, so that they travel once.")
+        notes.append("A worker serves one head at a time. The same version of llama.cpp on every host, built with "
+                     "-DGGML_RPC=ON (older ones call it rpc-server); --cache keeps large tensors on the "
+                     "worker's disk, so that they travel once.")
     servers = [f"{at[host.name]}:{RPC_PORT}" for host in workers]
     return f"{text}# on head: {_cards(p.hosts[0])}\n{llama_server(p, notes, servers)}"
 

@@ -10,7 +10,7 @@ from ..errors import LabError, UnknownName
 from ..hardware import Machine
 from ..units import GB
 
-MOST_HOSTS = 16                # GGML_RPC_MAX_SERVERS of ggml-rpc.h
+MOST_WORKERS = 16              # GGML_RPC_MAX_SERVERS of ggml-rpc.h
 GOODPUT = 1448 / 1538          # TCP payload of a line's rate at MTU 1500
 ROUND_TRIP = 180e-6            # seconds where a network is given by its rate alone
 
@@ -33,8 +33,8 @@ def named_hosts(given) -> tuple[Host, ...]:
     """
     if isinstance(given, (str, Gpu, Machine)) or not isinstance(given, Sequence) or not given:
         raise LabError('hosts is a list of hosts, each a list of cards: [["rtx-4090-24gb"] * 2, ["rtx-3090-24gb"]]')
-    if len(given) > MOST_HOSTS:
-        raise LabError(f"{len(given)} hosts; llama.cpp's RPC takes {MOST_HOSTS} servers, and so does this plan")
+    if len(given) > MOST_WORKERS + 1:
+        raise LabError(f"{len(given)} hosts; llama.cpp's RPC takes {MOST_WORKERS} servers beside the head, as does this plan")
     hosts = tuple(Host(f"worker{i}" if i else "head", _cards(cards)) for i, cards in enumerate(given))
     bare = next((host.name for host in hosts[1:] if not host.cards), None)
     if bare:
