@@ -143,7 +143,7 @@ def test_a_share_holds_when_everything_is_unsure(near, far):
     assert sum(one.decision.where == "remote" for one in where) == 3 == len(far.asked)
     kept = next(one for one in where if one.decision.where == "local")
     assert kept.decision.reason == "share" and kept.note == f"answered here: {REASONS['share']}"
-    assert route.answer.startswith("Of 10 questions 7 stayed here and 3 went out (30%; at most 0.3 of the questions)")
+    assert route.answer.startswith("Of 10 questions 7 stayed here and 3 went out (30%; at most 30% of the questions)")
     assert "7 that should have gone out were answered here" in route.answer
 
 
@@ -301,6 +301,18 @@ def test_where_nothing_answers_here_the_question_may_go_out(far):
     route.offline = True
     with pytest.raises(LabError, match="nobody answers"):
         ask(route)
+
+
+def test_a_question_too_long_for_here_may_go_out(path, far):
+    with made(llmlab.decoder(path, dtype="float32"), far) as route:
+        assert ask(route, "long " * 300).decision.reason == "no local answer" and ask(route).decision.reason == "unsure"
+        with pytest.raises(LabError, match="chances is not set here"):
+            ask(route, chances=3)
+
+
+def test_the_caps_of_a_router_are_its_own(near, far):
+    remote = Endpoint(far.url, "m", price=(1, 1))
+    assert router(near, remote, cap=3).remote.cap == 3 and remote.cap is None
 
 
 # ---- what is written down ---------------------------------------------------------------------------------------------

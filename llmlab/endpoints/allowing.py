@@ -26,7 +26,7 @@ class Share:
         self.questions = self.calls = 0
 
     def __repr__(self) -> str:
-        return f"at most {float(self.share):.3g} of the questions"
+        return f"at most {100 * float(self.share):.3g}% of the questions"
 
     def asked(self) -> None:
         """Another question is there."""

@@ -78,12 +78,20 @@ class Log:
     def __init__(self, path: str | os.PathLike, texts: bool = False):
         self.path, self.texts = Path(path).expanduser(), texts
 
+    def checked(self) -> "Log":
+        """Itself, where it can be written: that is known before anything is paid for. Raises LabError."""
+        self._append(b"")
+        return self
+
     def add(self, decision: Decision, messages: list[dict], text: str) -> None:
         """Raises LabError where it cannot be written."""
         said = {name: _finite(value) for name, value in asdict(decision).items()}
         if self.texts:
             said |= {"messages": messages, "text": text}
-        line = json.dumps(said, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
+        self._append(json.dumps(said, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        wrong = ""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -92,10 +100,9 @@ class Log:
             finally:
                 os.close(file)
         except OSError as error:
-            wrong = error.strerror
-        else:
-            return
-        raise LabError(f"the log {self.path.name[:80]} cannot be written ({wrong}); give another file")
+            wrong = error.strerror or type(error).__name__
+        if wrong:
+            raise LabError(f"the log {self.path.name[:80]} cannot be written ({wrong}); give another file")
 
     def read(self) -> list[Decision]:
         """The decisions in it; a line that a crash cut off is left out."""

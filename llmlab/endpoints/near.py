@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from ..errors import LabError
-from .replies import Chance, Reply
+from .replies import REFUSED, CallFailed, Chance, Reply
 
 _MEMORY = "64 MiB"       # of the KV cache of a decoder that is given without an engine
 
@@ -21,7 +21,7 @@ class Near:
 
     def chat(self, messages, *, max_tokens: int = 256, temperature: float = 0.0, chances: int | None = None, n: int = 1,
              seed: int | None = None, stop=(), **more) -> Reply:
-        """As Endpoint.chat. Raises LabError for a setting that is not among these."""
+        """As Endpoint.chat. Raises CallFailed where there is no answer, LabError for a setting that is not among these."""
         from ..runtime.generating import prompt_tokens
         from ..runtime.sampling import Options
 
@@ -31,7 +31,13 @@ class Near:
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         tokens = prompt_tokens(words, messages)
         options = Options(temperature=temperature, top_k=0, top_p=1.0, min_p=0.0, seed=seed, max_tokens=max_tokens, stop=stop)
-        answers = [job.result() for job in self.engine.submit_several(tokens, n, options, logprobs=chances)]
+        answers, wrong = [], ""
+        try:
+            answers = [job.result() for job in self.engine.submit_several(tokens, n, options, logprobs=chances)]
+        except LabError as error:            # too long a question, or an engine that has ended
+            wrong = str(error)
+        if wrong:
+            raise CallFailed(wrong, REFUSED)
         told = answers[0].logprobs
         return Reply(tuple(one.text for one in answers), len(tokens), sum(len(one.tokens) for one in answers), 0.0,
                      time.monotonic() - began, 0, 1, None if told is None else tuple(

@@ -84,8 +84,8 @@ class Router:
                  samples):
         if not isinstance(remote, Endpoint):
             raise LabError('remote is no Endpoint; give llmlab.Endpoint("https://...", model="...", key="env:NAME")')
+        remote = copy.copy(remote)           # the cap may be set here, and whoever gave it goes on with theirs
         if cap is not None:
-            remote = copy.copy(remote)
             if remote.price is None:
                 raise LabError("a cap needs prices to count with: give the remote Endpoint price=(input, output)")
             remote.cap = amount_of(cap)
@@ -96,7 +96,7 @@ class Router:
         self.remote, self.redactor = remote, Redactor(redact)
         self.allowance = allowance_of(at_most, remote.ledger, burst)
         self.threshold = 0.5 if threshold is None and self.signal.rule else threshold
-        self.log = None if log is None else Log(log, log_texts)
+        self.log = None if log is None else Log(log, log_texts).checked()
         self.offline, self.adapt = bool(offline), float(adapt)
         self.calibration: Calibration | None = None
         self.decisions: list[Decision] = []
@@ -167,6 +167,8 @@ class Router:
         """
         if self.threshold is None:
             raise LabError("there is no threshold yet: calibrate(questions), or give threshold=")
+        for name in {"chances", "n"} & settings.keys():
+            raise LabError(f"{name} is not set here: the signal does; ask the endpoints for more than one answer")
         messages, began = _conversation(messages), time.monotonic()
         self.allowance.asked()
         reply, signal, missing = self._here(messages, settings)
