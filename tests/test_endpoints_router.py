@@ -269,10 +269,11 @@ def test_nothing_leaves_offline(near, far, monkeypatch):
 def test_where_the_call_fails_the_local_answer_is_given(path, near, far, does, reason):
     far.always = does if does != 1.0 else answer()
     far.does = [does] if does == 1.0 else []
-    found = ask(made(near, far, timeout=0.3))
+    wait = 0.3 if does == 1.0 else 20.0
+    found = ask(made(near, far, timeout=wait))
     assert found.text == alone(path, HELLO, 6) and found.decision.where == "local" and found.decision.reason == reason
     assert found.note.startswith(f"answered here: {REASONS[reason]}") and found.decision.bytes_out == len(far.asked[0].body)
-    rule = ask(made(near, far, timeout=0.3, unsure=lambda messages: True)) if does != 1.0 else found
+    rule = ask(made(near, far, timeout=wait, unsure=lambda messages: True)) if does != 1.0 else found
     assert rule.text == found.text and rule.decision.reason == reason
 
 
