@@ -13,6 +13,7 @@ from functools import cache
 
 from .. import catalog
 from ..advice.published import setting_scores
+from ..endpoints.curves import recorded_curve
 from ..errors import LabError
 from ..fitting import Report, fit
 from ..memory import size_of
@@ -157,6 +158,17 @@ def _speed(id: str) -> Figures:
                        f"data/measured_speeds.csv, {id}: {row['model']}, {row['hardware']} ({row['source']})")}
 
 
+def _routed(signal: str, reach: float) -> Figures:
+    """Of the recorded questions that a small model here and a larger one there answered: local and remote, the shares that are
+    right; sent and oracle, the least share to send out for `reach` of the larger one's, by doubt and by an oracle."""
+    curve = recorded_curve(signal)
+    enough = reach * curve.remote - 1e-9
+    least = [float(curve.share[(found >= enough).argmax()]) for found in (curve.quality, curve.oracle)]
+    said = dict(zip(("local", "remote", "sent", "oracle"), (curve.local, curve.remote, *least), strict=True))
+    return {name: Figure(value, _text(value, ".0%"), "measured", f"data/hybrid_routing.csv, by {signal}")
+            for name, value in said.items()}
+
+
 def _price(gpu: str) -> Figures:
     """US dollars at launch."""
     usd = catalog.gpu(gpu).launch_usd
@@ -193,4 +205,4 @@ def _rows(file: str) -> tuple[dict, ...]:
 WAYS: dict[str, Callable[..., Figures]] = {
     "fit": _fit, "longest": _longest, "best": _best, "size": _size, "quality": _quality, "smollm2": _smollm2, "mmlu": _mmlu,
     "score": _score, "shares": _shares, "plan": _plan, "saved": _saved, "speed": _speed, "price": _price, "months": _months,
-    "ratio": _ratio}
+    "routed": _routed, "ratio": _ratio}
