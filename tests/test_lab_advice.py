@@ -7,9 +7,11 @@ import llmlab
 from llmlab import LabError, catalog
 from llmlab.advice import TASKS, settings_of
 from llmlab.advice.generations import LARGE, SMALL, Match, against, against_words, size, tenths, tenths_words
+from llmlab.evaluation import Evaluation, Outcome
 from llmlab.lab.advice_figures import AGES, advice_figure, advice_picture, against_picture, tenths_picture
 from llmlab.lab.advice_panel import MOST_ROWS, PRESETS, Advisor
 from llmlab.lab.advice_state import DEFAULTS, AdviceState, key_of, left_out_words, quality_words
+from llmlab.lab.evaluation_figures import evaluation_figure
 from llmlab.shapes import model_spec
 from llmlab.units import GIB
 
@@ -231,3 +233,20 @@ def test_this_machine_and_ram_alone(panel):
     assert not panel.state.error and panel.card.value == "this machine"
     panel.state.update(card=None, host="16 GiB")
     assert not panel.state.error and panel.state.choice.placement == "in RAM"
+
+
+# ---- evaluations ----------------------------------------------------------------------------------------------------
+
+def test_evaluations_are_drawn_with_their_intervals():
+    def made(model: str, right: int) -> Evaluation:
+        return Evaluation(model, "by hand", tuple(Outcome(task, f"{i}", "choice", f"{i}", i < right, 0.25)
+                                                  for task in ("english", "reasoning") for i in range(10)))
+
+    one, other = made("small", 4), made("smaller", 2)
+    figure = evaluation_figure(one, scores={"smaller": other.scores})
+    first, second, guessing = figure.data
+    assert [first.name, second.name] == ["small", "smaller"] and list(first.x) == [40, 40] and list(second.x) == [20, 20]
+    score = one.scores["english"]
+    assert first.error_x.array[0] == pytest.approx(100 * (score.high - score.share))
+    assert first.error_x.arrayminus[0] == pytest.approx(100 * (score.share - score.low))
+    assert {x for x in guessing.x if x is not None} == {25} and first.y[0] < second.y[0] < first.y[1]

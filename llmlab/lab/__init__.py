@@ -14,6 +14,7 @@ from .state import FitState
 
 _RUNNING = {      # name -> module that needs torch, or time
     "AdviceState": "advice_state", "Advisor": "advice_panel", "advice_figure": "advice_figures",
+    "evaluation_figure": "evaluation_figures",
     "CacheExplorer": "cache_panel", "CacheState": "cache_state", "HeatState": "cache_heat",
     "ChatPanel": "chat_panel", "ChatState": "chat_state", "CompileExplorer": "compile_panel", "CompileState": "compile_state",
     "HybridPanel": "hybrid_panel", "HybridState": "hybrid_state",
