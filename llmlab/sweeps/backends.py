@@ -14,6 +14,7 @@ from ..errors import LabError, UnknownName
 
 BACKENDS = ("loky", "threading", "dask", "ray")
 IDLE = 30           # seconds after which this computer's worker processes end, and give back what their models hold
+WAIT = 60           # seconds for a Dask cluster's first worker; those that died are started again
 RETRIES = 1         # how often Ray runs again what a worker died under; Dask's scheduler has its own (allowed-failures)
 
 
@@ -100,7 +101,8 @@ def _dask() -> Backend:
             """Of a single worker joblib makes this process; it was asked for that worker."""
             return max(2, super().effective_n_jobs(n_jobs))
 
-    return Backend("dask", -1, {"backend": Dask(client=client)}, (distributed.scheduler.KilledWorker,))
+    made = Dask(client=client, wait_for_workers_timeout=WAIT)
+    return Backend("dask", -1, {"backend": made}, (distributed.scheduler.KilledWorker,))
 
 
 def _ray(jobs: int | None) -> Backend:
