@@ -23,7 +23,7 @@ def test_lines_are_there_from_the_start_and_points_as_they_are_done():
     seen = []
     sweep(rising, GRID, progress=lambda so_far: seen.append(sweep_picture(so_far, "x", "y", by="kind")))
     assert [[(line["name"], line["x"]) for line in one["data"]] for one in seen] == [
-        [("a", [4]), ("b", [])], [("a", [4, 1]), ("b", [])], [("a", [4, 1]), ("b", [4])], [("a", [4, 1]), ("b", [4])]]
+        [("a", [4]), ("b", [])], [("a", [1, 4]), ("b", [])], [("a", [1, 4]), ("b", [4])], [("a", [1, 4]), ("b", [4])]]
     low, high = seen[0]["layout"]["xaxis"]["range"]
     assert low < 1 and high > 4 and seen[0]["layout"]["paper_bgcolor"] == "rgba(0,0,0,0)"
 
@@ -38,7 +38,7 @@ def test_the_chart_follows_the_sweep_and_says_its_answer():
     chart = SweepChart("x", "y", by="kind", logarithmic=True)
     assert chart.answer == "nothing is done yet"
     done = sweep(rising, GRID, progress=chart)
-    assert [list(line.x) for line in chart.children[0].figure.data] == [[4, 1], [4]]
+    assert [list(line.x) for line in chart.children[0].figure.data] == [[1, 4], [4]]
     assert "3 of 4 points" in chart.answer and "1 failed" in done.answer and "ZeroDivisionError" in chart.children[1].html
     assert repr(chart) == "<chart of a sweep: y along x>"
 

@@ -24,6 +24,8 @@ def sweep_picture(sweep: Sweep, x: str, y: str, by: str | None = None, logarithm
     of = {line: [row for row in rows if (str(row[by]) if by else "") == line and _drawn(row.get(y))] for line in lines}
     along = [point[x] for point in sweep.points]
     numbers = all(isinstance(value, Real) for value in along)
+    if numbers:
+        of = {line: sorted(found, key=lambda row: row[x]) for line, found in of.items()}
     axis = {"range": _span(along)} if numbers else {"type": "category", "categoryarray": list(dict.fromkeys(map(str, along))),
                                                     "categoryorder": "array"}
     return {
