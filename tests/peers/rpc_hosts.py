@@ -91,10 +91,11 @@ class Proxy:
 
 
 class Head:
-    """The head's program; `ask` also says what went to each worker and came back meanwhile."""
+    """The head's program; `ask` also says what went to each worker and came back meanwhile. `cables`: their ends in namespaces,
+    as (process, name)."""
 
-    def __init__(self, program: Program, counters):
-        self.program, self.counters = program, counters
+    def __init__(self, program: Program, counters, cables: list[tuple[int, str]] | None = None):
+        self.program, self.counters, self.cables = program, counters, cables or []
 
     def ask(self, line: str) -> tuple[dict, list[tuple[int, int]]]:
         before = self.counters()
@@ -122,6 +123,7 @@ def hosts(workers: int, model: Path, context: int, shares: str = "1,1", apart: b
 def _in_namespaces(stack: ExitStack, workers: int, words: list[str], cache: list[str]) -> Head:
     client = Program(stack, True, "rpc_client.py", *words, *(f"10.0.{i}.2:{PORT}" for i in range(workers)))
     head = client.process.pid
+    cables = []
     quiet = "echo 0 > /proc/sys/net/ipv4/tcp_early_retrans"       # no probes sent twice while a worker computes
     subprocess.run(["nsenter", "-t", str(head), "-n", "sh", "-c", quiet], capture_output=True)
     for i in range(workers):
@@ -133,6 +135,7 @@ def _in_namespaces(stack: ExitStack, workers: int, words: list[str], cache: list
             inside = ["nsenter", "-t", str(pid), "-n", "ip"]
             subprocess.run([*inside, "link", "set", name, "addrgenmode", "none", "up"], check=True)
             subprocess.run([*inside, "addr", "add", address, "dev", name], check=True)
+            cables.append((pid, name))
         server.say("go")
         _wait_for(["nsenter", "-t", str(worker), "-n"], PORT)
 
@@ -144,7 +147,7 @@ def _in_namespaces(stack: ExitStack, workers: int, words: list[str], cache: list
             found.append((numbers[8] - HEADERS * numbers[9], numbers[0] - HEADERS * numbers[1]))
         return found
 
-    return Head(client, counters)
+    return Head(client, counters, cables)
 
 
 def _behind_proxies(stack: ExitStack, workers: int, words: list[str], cache: list[str]) -> Head:
