@@ -68,7 +68,7 @@ $(VENV)/.lab $(VENV)/.test $(VENV)/.peers: $(VENV)/.made pyproject.toml
 # llama.cpp with its RPC backend, which other wheels lack, also the one that pip may keep: built once, in a folder of its own.
 $(VENV)/.peers: $(VENV)/.llama
 $(VENV)/.llama: $(VENV)/.made pyproject.toml
-	@ls '$(KEPT)'/llama_cpp_python-$(LLAMA)-*.whl >/dev/null 2>&1 || CMAKE_ARGS=-DGGML_RPC=ON $(BIN)/python -m pip wheel \
+	@ls '$(KEPT)'/llama_cpp_python-$(LLAMA)-*.whl >/dev/null 2>&1 || CMAKE_ARGS="$$CMAKE_ARGS -DGGML_RPC=ON" $(BIN)/python -m pip wheel \
 	  --quiet --no-cache-dir --no-deps --no-binary llama-cpp-python --wheel-dir '$(KEPT)' llama-cpp-python==$(LLAMA)
 	@$(BIN)/python -c 'import llama_cpp, sys; sys.exit(not llama_cpp.llama_supports_rpc())' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --force-reinstall --no-deps '$(KEPT)'/llama_cpp_python-$(LLAMA)-*.whl
