@@ -1,6 +1,8 @@
 """The items of data/tasks: well formed, and right: code is run, sums are done again, calls are held against their schemas."""
 
 import contextlib
+import csv
+import hashlib
 import io
 import json
 import re
@@ -223,3 +225,24 @@ def test_the_expected_call_fits_its_tool_and_wrong_ones_do_not(item):
     assert not check.is_valid(arguments | {"nonsense": 1})
     if "date" in arguments:
         date.fromisoformat(arguments["date"])
+
+
+def test_what_was_measured_of_them_adds_up():
+    """data/evaluations.csv: counts, shares and intervals follow from each other, and its rows are of the items as they are."""
+    pytest.importorskip("torch")
+    from llmlab.evaluation import read_items
+    from llmlab.evaluation.intervals import wilson
+
+    with open(folder("data") / "evaluations.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len({(row["model"], row["quant"], row["task"], row["items"]) for row in rows}) == len(rows) > 5
+    for row in rows:
+        items = read_items(folder("data") / "tasks" / f"{row['task']}.jsonl")
+        stamp, _, every = row["items"].partition("-every")
+        assert stamp == hashlib.sha256("".join(item.digest for item in items).encode()).hexdigest()[:8], row["task"]
+        asked = items[::int(every or 1)]
+        right, n = int(row["right"]), int(row["n"])
+        assert n == len(asked) and 0 <= right <= n and float(row["share"]) == round(right / n, 4)
+        assert (float(row["low"]), float(row["high"])) == tuple(round(edge, 4) for edge in wilson(right, n))
+        assert float(row["chance"]) == round(sum(item.chance for item in asked) / n, 4)
+        assert not row["logprob"] or float(row["logprob"]) < 0

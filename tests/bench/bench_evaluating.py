@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,14 +92,24 @@ class Outcomes:
                 row[KEPT.index("logprob")] = round(row[KEPT.index("logprob")], 5)
         self.told.setdefault(quant, {})[task] = {"items": items, "how": found.how, "notes": found.notes, "date": found.date,
                                                  "columns": KEPT, "outcomes": rows}
-        lines = json.dumps(self.told, ensure_ascii=False).replace("[[", "[\n[").replace("], [", "],\n[")
-        write_whole(self.path, lines + "\n")
+        write_whole(self.path, _lines(self.told))
 
     def of(self, name: str, quant: str) -> Evaluation:
         parts = self.told.get(quant, {})
         return Evaluation(f"{name} in {quant}", "", tuple(
             Outcome(task, **dict(zip(part["columns"], row, strict=True)))
             for task, part in parts.items() for row in part["outcomes"]))
+
+
+def _lines(told: dict) -> str:
+    """JSON with an outcome a line; texts that models wrote may look like JSON themselves."""
+    say = partial(json.dumps, ensure_ascii=False)
+    quants = []
+    for quant, tasks in told.items():
+        parts = [f"{say(task)}: {say(part | {'outcomes': []})[:-2]}\n" + ",\n".join(map(say, part["outcomes"])) + "]}"
+                 for task, part in tasks.items()]
+        quants.append(f"{say(quant)}: {{" + ",\n".join(parts) + "}")
+    return "{" + ",\n".join(quants) + "}\n"
 
 
 def file_quant(path: Path) -> str:
@@ -148,6 +159,16 @@ def compare(name: str, kept: Outcomes, quants: Sequence[str]) -> list:
     """Each quant beside the file as it is."""
     own = kept.of(name, quants[0])
     return [kept.of(name, quant).beside(own) for quant in quants[1:]]
+
+
+def test_texts_that_look_like_json_come_back(tmp_path):
+    one = Outcome("coding", "a", "choice", "d", False, said=" [[1, 0], [1, 0]] [[")
+    kept = Outcomes(tmp_path / "outcomes.json")
+    for quant in ("Q4_1", "Q2_K"):
+        kept.add(quant, "coding", "", Evaluation("m", "", (one, one)))
+    again = Outcomes(tmp_path / "outcomes.json")
+    assert [found.said for found in again.of("m", "Q2_K").outcomes] == [one.said] * 2
+    assert len((tmp_path / "outcomes.json").read_text().splitlines()) == 6
 
 
 def test_two_quants_of_one_task(tmp_path):
