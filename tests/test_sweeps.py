@@ -419,10 +419,11 @@ def test_a_worker_that_is_killed_costs_only_what_it_was_at(tmp_path):
     assert done.results == tuple(x * x for x in range(8)) and len(os.listdir(tmp_path)) == 1 and not done.failures
 
 
-def test_a_point_that_kills_its_worker_twice_has_failed(tmp_path):
+def test_a_point_that_kills_its_worker_each_time_has_failed(tmp_path):
     done = sweep(deadly, {"x": range(8), "marks": [str(tmp_path)], "deaths": [{3: 9, 6: 1}]}, n_jobs=2, progress=False)
-    assert done.results == tuple(None if x == 3 else x * x for x in range(8)) and len(os.listdir(tmp_path)) == 3
-    assert [one.point["x"] for one in done.failures] == [3] and "its worker died twice" in done.failures[0].error
+    assert done.results == tuple(None if x == 3 else x * x for x in range(8))
+    assert len(list(tmp_path.glob("3-*"))) == 3 and len(list(tmp_path.glob("6-*"))) == 1
+    assert [one.point["x"] for one in done.failures] == [3] and "its worker died each time" in done.failures[0].error
 
 
 SCRIPT = """
@@ -489,7 +490,7 @@ def test_workers_of_a_cluster_that_are_killed_cost_only_what_they_were_at(cluste
     grid = {"x": range(5), "marks": [str(tmp_path)], "deaths": [{2: 1, 4: 99}]}
     done = sweep(deadly, grid, backend=cluster, progress=False)
     assert len(list(tmp_path.glob("2-*"))) == 1 and len(list(tmp_path.glob("4-*"))) >= 2
-    assert [one.point["x"] for one in done.failures] == [4] and "its worker died twice" in done.failures[0].error
+    assert [one.point["x"] for one in done.failures] == [4] and "its worker died each time" in done.failures[0].error
     serial = sweep(deadly, {**grid, "x": range(4)}, fresh=True, progress=False)
     assert done.results == (*serial.results, None) == (0, 1, 4, 9, None)
 
@@ -499,6 +500,19 @@ def test_a_dask_worker_that_is_killed_in_the_middle_changes_nothing(dask, tmp_pa
     done = sweep(deadly, grid, backend="dask", progress=False)
     assert len(os.listdir(tmp_path)) == 1 and not done.failures
     assert done.table == sweep(deadly, grid, fresh=True, progress=False).table
+
+
+def test_more_workers_than_a_ray_cluster_has_is_one_clear_line(ray):
+    with pytest.raises(LabError, match="ray gave up .*only 2 CPUs.*; 0 of 6 points are kept in .*same call goes on"):
+        sweep(pair, GRID, backend="ray", n_jobs=9, progress=False)
+
+
+def test_a_single_dask_worker_is_used_all_the_same():
+    from dask.distributed import Client, LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0", silence_logs=50,
+                      memory_limit=0) as cluster, Client(cluster):
+        assert backends.backend_of("dask", None).settings["backend"].effective_n_jobs(-1) == 2
 
 
 @pytest.mark.parametrize(("name", "said"), [("dask", "Client"), ("ray", "ray.init")])

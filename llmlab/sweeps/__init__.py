@@ -29,7 +29,7 @@ Progress = bool | Callable[["Sweep"], None]
 
 @dataclass(frozen=True)
 class Failure:
-    """A point whose call raised something, or whose worker died under it twice: `error` is one line."""
+    """A point whose call raised something, or whose worker died under it each time: `error` is one line."""
 
     point: dict
     error: str
@@ -113,7 +113,7 @@ def sweep(function: Callable, grid: Mapping[str, Sequence] | Sequence[Mapping], 
         progress: a bar; or called with the Sweep as it stands whenever something is done.
 
     A worker that dies (killed, out of memory) costs what it was at: that is computed again, alone, and a point that kills its
-    worker twice has failed. A sweep that is interrupted or killed goes on where it was when it is called again.
+    worker again and again has failed. A sweep that is interrupted or killed goes on where it was when it is called again.
 
     Raises LabError for a grid that is none, a point the function does not take, content that cannot be told, a backend that
     is missing or lost, a folder that cannot be written, and with on_error="raise".
@@ -225,8 +225,9 @@ def _calls(function: Callable, points: Mapping[str, dict], backend: Backend) -> 
 def _computed(backend: Backend, calls: Mapping[str, tuple], kept: Callable[[], str],
               alone: bool = False) -> Iterator[tuple[str, Done]]:
     """Every call's outcome, as it arrives. Where a worker died, what was under way is called again, one `alone` after the
-    other: its death was the fault of one of them, or of nobody here."""
-    left = dict(calls)
+    other: its death was the fault of one of them, or of nobody here. Who kills a worker twice so has failed; a cluster has
+    tried again by itself, and is asked once."""
+    left, killed = dict(calls), dict.fromkeys(calls, 1 if backend.cluster else 0)
     while left:
         sent: list[str] = []
         try:
@@ -238,14 +239,17 @@ def _computed(backend: Backend, calls: Mapping[str, tuple], kept: Callable[[], s
             suspects = {key: left.pop(key) for key in sent if key in left}
             if alone and suspects:                       # joblib may have taken more than it gave away
                 culprit = next(iter(suspects))
-                left = {key: calls[key] for key in calls if key in left or key in suspects and key != culprit}
-                yield culprit, _died(error)
+                killed[culprit] += 1
+                left = suspects | left
+                if killed[culprit] == 2:
+                    del left[culprit]
+                    yield culprit, _died(error)
             elif suspects:
                 yield from _computed(backend, suspects, kept, alone=True)
             else:
                 raise LabError(f"{backend.name}'s workers die before they are given anything ({line_of(error)}); "
                                f"{kept()}") from None
-        except (OSError, RuntimeError) as error:
+        except Exception as error:                       # never the function's own: those are told, not raised
             raise LabError(f"{backend.name} gave up ({line_of(error)}); {kept()}, and the same call goes on from "
                            "there") from error
 
@@ -258,7 +262,7 @@ def _given(calls: Mapping[str, tuple], sent: list[str]) -> Iterator[tuple]:
 
 
 def _died(error: BaseException) -> Done:
-    return Done(0.0, "", None, "its worker died twice, the second time with nothing else under way; was it out of memory? "
+    return Done(0.0, "", None, "its worker died each time, with nothing else under way; was it out of memory? "
                                f"({line_of(error)[:200]})")
 
 
