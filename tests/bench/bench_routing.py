@@ -9,6 +9,7 @@ import random
 import re
 import sys
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
 import llmlab
@@ -93,7 +94,7 @@ def right(text: str, answers: list[str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("better")
+    parser.add_argument("better", type=Path)
     given = parser.parse_args()
     local, end = near_of(llmlab.fetch("smollm2-135m"))
     rows = []
@@ -111,9 +112,10 @@ def main() -> None:
                   file=sys.stderr, flush=True)
     end()
     with open(TOP / "data" / RECORDED, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
+        writer = csv.DictWriter(file, [*asdict(rows[0]), "source"], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(one) for one in rows)
+        source = f"tests/bench/bench_routing.py, {date.today()}, {given.better.name}"
+        writer.writerows({**asdict(one), "source": source} for one in rows)
     for signal in ("entropy", "logprob", "agreement"):
         print(recorded_curve(signal, rows=rows).answer)
 
