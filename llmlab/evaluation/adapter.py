@@ -17,6 +17,7 @@ from .outcomes import Outcome
 try:
     import lm_eval
     from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
     raise LabError("lm-eval-harness is not installed; pip install lm-eval, or take the tasks that come with llmlab") from None
@@ -155,8 +156,6 @@ def outcomes_of(asked: Asked, names: Sequence[str], limit: int | None,
 
 def _manager(name: str):
     """lm-eval's index of tasks, and the name of the one that is meant."""
-    from lm_eval.tasks import TaskManager
-
     if not name.endswith((".yaml", ".yml")):
         return TaskManager(), name
     try:
