@@ -17,8 +17,9 @@ from server_clients import alone, serving, tiny
 
 import llmlab
 from llmlab import Endpoint, LabError
-from llmlab.endpoints import CallFailed, Ledger
+from llmlab.endpoints import CallFailed, Ledger, Price
 from llmlab.endpoints.addresses import checked_url
+from llmlab.endpoints.spending import amount_of
 
 SECRET = "sk-Zq7-verysecret-0123456789abcdef"
 
@@ -118,7 +119,9 @@ def test_plain_http_can_be_allowed():
 
 @pytest.mark.parametrize("settings", [
     {"model": ""}, {"price": 3}, {"price": (1, -1)}, {"price": "ab"}, {"cap": 5}, {"price": (1, 1), "cap": "much"},
-    {"timeout": 0}, {"timeout": float("inf")}, {"retries": -1}, {"retries": 1.5}, {"wait": -1}, {"limit": "tokens"}])
+    {"price": Price(1, -1)}, {"price": Price(float("nan"), 1)}, {"price": (1, 1), "cap": "1,5 per month"},
+    {"price": (1, 1), "cap": ""}, {"timeout": 0}, {"timeout": float("inf")},
+    {"retries": -1}, {"retries": 1.5}, {"wait": -1}, {"limit": "tokens"}])
 def test_settings_that_are_refused(settings):
     with pytest.raises(LabError) as caught:
         Endpoint("http://127.0.0.1:1", **{"model": "m"} | settings)
@@ -127,7 +130,9 @@ def test_settings_that_are_refused(settings):
 
 @pytest.mark.parametrize(("messages", "settings"), [
     ([], {}), (3, {}), ([{"content": "x"}], {}), ("x", {"max_tokens": 0}), ("x", {"stream": True}), ("x", {"model": "other"}),
-    ("x", {"nonsense": 1}), ("x", {"extra_headers": {"Authorization": "x"}})])
+    ("x", {"nonsense": 1}), ("x", {"n": -1000}), ("x", {"n": 0}), ("x", {"n": 1.5}), ("half \ud800", {}),
+    ("x", {"temperature": float("nan")}), ([{"role": "user", "content": iter(["x"])}], {}), ("x", {"stop": object()}),
+    ("x", {"extra_headers": {"Authorization": "x"}})])
 def test_what_cannot_be_asked(far, messages, settings):
     with pytest.raises(LabError) as caught:
         endpoint(far).chat(messages, **settings)
@@ -331,6 +336,88 @@ def test_nothing_is_asked_past_the_cap(far):
     with pytest.raises(LabError, match="cannot be read"):
         near.chat(HELLO)
     assert len(far.asked) == calls
+
+
+@pytest.mark.parametrize(("messages", "settings"), [
+    ([{"role": "user", "content": {"type": "image_url", "image_url": {"url": "https://a.example"}}}], {}),
+    ([{"role": "assistant", "audio": {"id": "a"}}], {}), ("x", {"service_tier": "priority"}), ("x", {"modalities": ["audio"]}),
+    ("x", {"prediction": {"type": "content", "content": "x"}}), ("x", {"web_search_options": {}}),
+    ("x", {"tools": [{"type": "web_search"}]})])
+def test_with_a_cap_nothing_goes_that_is_billed_by_other_counts(far, messages, settings):
+    assert kind_of(lambda: endpoint(far, price=(1, 1), cap=1).chat(messages, **settings)) == "count" and not far.asked
+    endpoint(far, price=(1, 1)).chat(messages, **settings)
+
+
+def test_where_nobody_is_nothing_was_sent_and_nothing_is_spent():
+    near = Endpoint("http://127.0.0.1:9", "m", price=(1, 1), cap=1, wait=0.01)
+    with pytest.raises(CallFailed, match="cannot be reached, 3 times") as caught:
+        near.chat(HELLO)
+    assert caught.value.kind == "network" and caught.value.bytes_out == 0 == caught.value.cost
+    assert near.ledger.month().counted == 0
+
+
+@pytest.mark.parametrize(("given", "amount"), [("1,500 per month", 1500), ("1_500", 1500), ("0.5 a month", 0.5), (".5", 0.5)])
+def test_amounts(given, amount):
+    assert amount_of(given) == amount
+
+
+def test_an_answer_is_not_lost_where_its_cost_cannot_be_written(far, tmp_path):
+    near = endpoint(far, price=(1, 1), cap=1, ledger=tmp_path / "spent.json")
+
+    def spoil(asked):
+        near.ledger.path.write_text("[1")
+        return answer()
+    far.always = spoil
+    assert near.chat(HELLO).text == "hi"
+    assert kind_of(lambda: near.chat(HELLO)) == "count" and len(far.asked) == 1
+
+
+def test_a_ledger_where_nothing_can_be_written_lets_nothing_out(far, tmp_path):
+    (tmp_path / "file").write_text("")
+    near = endpoint(far, price=(1, 1), cap=1, ledger=tmp_path / "file" / "spent.json")
+    assert kind_of(lambda: near.chat(HELLO)) == "count" and not far.asked
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"x": {"spent": 0, "calls": 0, "open": {}}}', '{"2026-11": {}}',
+                                  '{"2026-11": {"spent": -1, "calls": 0, "open": {}}}',
+                                  '{"2026-11": {"spent": 0, "calls": NaN, "open": {}}}',
+                                  '{"2026-11": {"spent": 0, "calls": 0, "open": []}}'])
+def test_a_damaged_ledger_lets_nothing_out(far, tmp_path, text):
+    (tmp_path / "spent.json").write_text(text)
+    near = endpoint(far, price=(1, 1), cap=1, ledger=tmp_path / "spent.json")
+    assert kind_of(lambda: near.chat(HELLO)) == "count" and not far.asked
+    assert (tmp_path / "spent.json").read_text() == text
+
+
+def test_a_clock_that_goes_back_opens_no_purse_again(tmp_path):
+    now = [40 * 86400.0]
+    ledger = Ledger(tmp_path / "a.json", clock=lambda: now[0])
+    ledger.settle(ledger.reserve(10**9, 1), 10**9)
+    assert ledger.count(1)
+    now[0] = 0.0
+    with pytest.raises(LabError, match="1970-02"):
+        ledger.reserve(1, 1)
+    assert not ledger.count(1) and ledger.month().spent == 1
+
+
+def test_a_call_on_the_edge_of_two_months_is_settled_where_it_was_reserved(tmp_path):
+    """The clock is read once: between two looks a month may end."""
+    ticks = iter([31 * 86400.0 - 1] + [31 * 86400.0] * 9)
+    ledger = Ledger(tmp_path / "a.json", clock=lambda: next(ticks))
+    ledger.settle(ledger.reserve(10**9, 1), 10**8)
+    assert json.loads(ledger.path.read_text())["1970-01"] == {"spent": 10**8, "calls": 0, "open": {}}
+
+
+def test_a_ledger_is_one_by_any_name(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "a.json")
+    monkeypatch.chdir(tmp_path)
+    first, link = Ledger("a.json"), Ledger(tmp_path / "link.json")
+    first.settle(first.reserve(10**9, 1), 10**9)
+    monkeypatch.chdir(tmp_path / "sub")
+    assert first.month().spent == 1
+    with pytest.raises(LabError):
+        link.reserve(1, 1)
 
 
 SPENDING = """

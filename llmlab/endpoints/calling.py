@@ -4,6 +4,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
@@ -11,7 +12,8 @@ from ..errors import LabError
 from .addresses import checked_url, is_here, switched_off
 from .failing import Failure, failure_of
 from .keys import key_source, scrubbed
-from .replies import BUSY, CAP, KEY, NETWORK, OFFLINE, SERVER, TIMEOUT, CallFailed, Reply, counts_of, piece_of, reply_of
+from .replies import BUSY, CAP, COUNT, KEY, NETWORK, OFFLINE, SERVER, TIMEOUT, CallFailed, Reply, counts_of, piece_of, reply_of
+from .sending import as_json, beside_text
 from .spending import NANO, Ledger, OverCap, amount_of, price_of
 from .wiring import Wire
 
@@ -106,9 +108,12 @@ class Endpoint:
         for name in more:
             if name in _OWN or name in ("max_tokens", "max_completion_tokens"):
                 raise LabError(f"{name} is not set here: the endpoint does, or stream()")
+        many = more.get("n")
+        if many is not None and (isinstance(many, bool) or not isinstance(many, int) or many < 1):
+            raise LabError(f"n is {many!r:.40}; give how many answers, 1 at least")
         told = {} if chances is None else {"logprobs": True, "top_logprobs": chances}
-        return {"model": self.model, "messages": [dict(one) for one in messages], self.limit: max_tokens,
-                "temperature": temperature, **told, **more}
+        return as_json({"model": self.model, "messages": messages, self.limit: max_tokens, "temperature": temperature,
+                        **told, **more})
 
     def preview(self, messages, **settings) -> Preview:
         """What `chat` of the same would send, by the same client, to the byte. Nothing leaves."""
@@ -172,11 +177,12 @@ class Endpoint:
                     failed = failure_of(error, done.secret)
                     if failed is None:               # Ctrl-C, or what cannot be asked: what was reserved stays so
                         raise
-            done.sent += wire.sent()
+            sent = 0 if failed is not None and failed.unsent else wire.sent()
+            done.sent += sent
             if failed is None:
                 return done
             # An error that the server itself told is not billed, nor is what never left; of anything else nobody knows.
-            self._settle(done, 0 if failed.answered or not wire.sent() else done.most)
+            self._settle(done, 0 if failed.answered or not sent else done.most)
             if failed.kind not in _AGAIN or attempt == self.retries or (failed.after or 0) > _PATIENCE:
                 break
             time.sleep(failed.after if failed.after is not None else
@@ -199,21 +205,25 @@ class Endpoint:
         """The reservation's name, `done.most` its size; None where nothing is paid or nothing is capped."""
         if body is None or self.price is None:
             return None
-        if self.cap is not None and not _is_text(body):
-            raise LabError("with a cap only text can be sent: what a picture or a file costs is not known before")
-        done.most, said = self.worst(body), ""
+        if self.cap is not None and (other := beside_text(body)):
+            raise CallFailed(f"with a cap only text can be sent: what {other!r} costs is not known before; leave it out, or "
+                             "give an Endpoint without a cap", COUNT, done.sent, done.spent / NANO, done.attempts)
+        done.most, said, kind = self.worst(body), "", CAP
         if self.cap is None:
             return None
         try:
             return self.ledger.reserve(done.most, self.cap)
         except OverCap as error:
-            said = str(error)
-        raise CallFailed(f"the cap is reached: {said}", CAP, done.sent, done.spent / NANO, done.attempts)
+            said = f"the cap is reached: {error}"
+        except LabError as error:
+            said, kind = str(error), COUNT
+        raise CallFailed(said, kind, done.sent, done.spent / NANO, done.attempts)
 
     def _settle(self, done: "_Through", amount: int) -> None:
         done.spent += amount
         if done.held is not None:
-            self.ledger.settle(done.held, amount)
+            with suppress(LabError):         # an answer is not lost over it: what was reserved stays so, and the next call says
+                self.ledger.settle(done.held, amount)
 
     def _finished(self, done: "_Through", reply: Reply) -> Reply:
         """A reply with what all attempts took; without a count of tokens the worst is taken as its cost."""
@@ -273,9 +283,3 @@ class _Through:
     spent: int = 0
     sent: int = 0
     attempts: int = 0
-
-
-def _is_text(body: dict) -> bool:
-    contents = [one.get("content") for one in body["messages"]]
-    return all(isinstance(part, dict) and part.get("type") == "text"
-               for content in contents if isinstance(content, (list, tuple)) for part in content)

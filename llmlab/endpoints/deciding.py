@@ -17,9 +17,10 @@ SALT = secrets.token_bytes(16)           # of this process: a hash of a short qu
 REASONS = {
     "sure": "the local model is sure enough", "unsure": "the local model is unsure", "rule": "a rule says so",
     "share": "unsure, but the share of calls is used up", "month": "unsure, but the month's calls are used up",
-    "cap": "unsure, but the spending cap is reached", "offline": "unsure, but calling out is switched off",
-    "network": "unsure, but the network failed", "timeout": "unsure, but the server did not answer in time",
-    "server": "unsure, but the server failed", "busy": "unsure, but the server is busy",
+    "cap": "unsure, but the spending cap is reached", "count": "unsure, but what is spent cannot be counted",
+    "offline": "unsure, but calling out is switched off", "network": "unsure, but the network failed",
+    "timeout": "unsure, but the server did not answer in time", "server": "unsure, but the server failed",
+    "busy": "unsure, but the server is busy",
     "refused": "unsure, but the server refused", "answer": "unsure, but the server sent no answer",
     "key": "unsure, but there is no key",
     "redaction": "unsure, but redaction failed, so nothing may leave",

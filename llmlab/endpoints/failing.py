@@ -15,12 +15,13 @@ _SAID = 200                  # characters of a server's own words that are repea
 
 @dataclass(frozen=True)
 class Failure:
-    """kind: one of replies.KINDS; said: in words, after the server's name; answered: the server itself said no; after:
-    seconds it asks to wait."""
+    """kind: one of replies.KINDS; said: in words, after the server's name; answered: the server itself said no; unsent:
+    there was no connection, so nothing left; after: seconds it asks to wait."""
 
     kind: str
     said: str
     answered: bool = False
+    unsent: bool = False
     after: float | None = None
 
 
@@ -31,6 +32,8 @@ def failure_of(error: BaseException, secret: str | None = None) -> Failure | Non
     http = http_library()
     if isinstance(error, LabError) or not isinstance(error, Exception):
         return None
+    if any(isinstance(one, (http.ConnectError, http.ConnectTimeout, http.PoolTimeout)) for one in (error, error.__cause__)):
+        return Failure(NETWORK, "cannot be reached", unsent=True)
     if isinstance(error, (openai.APITimeoutError, http.TimeoutException)):
         return Failure(TIMEOUT, "did not answer in time")
     if isinstance(error, openai.APIStatusError):
@@ -49,7 +52,7 @@ def _status(error, secret: str | None) -> Failure:
     kind = BUSY if status == 429 else SERVER if status >= 500 or status == 408 else REFUSED
     says = {BUSY: "is busy (429)", SERVER: f"failed ({status})", REFUSED: f"refused ({status}): {_line(error, secret)}"}[kind]
     # A gateway does not know whether the model behind it went on: nor do we.
-    return Failure(kind, says, status not in (408, 502, 504), retry_after(error.response.headers))
+    return Failure(kind, says, status not in (408, 502, 504), after=retry_after(error.response.headers))
 
 
 def _line(error, secret: str | None) -> str:

@@ -38,8 +38,8 @@ class Reply:
         return self.text
 
 
-NETWORK, TIMEOUT, SERVER, BUSY, REFUSED, ANSWER, CAP, OFFLINE, KEY = KINDS = (
-    "network", "timeout", "server", "busy", "refused", "answer", "cap", "offline", "key")
+NETWORK, TIMEOUT, SERVER, BUSY, REFUSED, ANSWER, CAP, COUNT, OFFLINE, KEY = KINDS = (
+    "network", "timeout", "server", "busy", "refused", "answer", "cap", "count", "offline", "key")
 
 
 class CallFailed(Unreachable):

@@ -22,7 +22,8 @@ from .. import places
 from ..errors import BadFile, LabError
 
 NANO = 10**9
-_PER_MONTH = re.compile(r"\s*([\d_,]*\.?\d+)\s*(?:(?:per|a|/)\s*month)?\s*", re.IGNORECASE)
+_MONTH = re.compile(r"[0-9]{4}-(?:0[1-9]|1[0-2])")
+_PER_MONTH = re.compile(r"\s*((?:\d{1,3}(?:,\d{3})+|[\d_]*)(?:\.\d+)?)\s*(?:(?:per|a|/)\s*month)?\s*", re.IGNORECASE)
 
 
 class OverCap(LabError):
@@ -43,8 +44,9 @@ class Price:
 
 def price_of(given) -> Price | None:
     """(input, output) per million tokens. Raises LabError."""
-    if given is None or isinstance(given, Price):
+    if given is None:
         return given
+    given = (given.input, given.output) if isinstance(given, Price) else given
     try:
         pair = tuple(float(one) for one in given)
     except (TypeError, ValueError):
@@ -84,7 +86,8 @@ class Ledger:
     """The file. `clock`: seconds since 1970."""
 
     def __init__(self, path: str | os.PathLike, clock: Callable[[], float] = time.time):
-        self.path, self._clock = Path(path), clock
+        # One file has one lock, by whatever name and from wherever it is given.
+        self.path, self._clock = Path(path).expanduser().resolve(), clock
 
     @classmethod
     def named(cls, name: str) -> "Ledger":
@@ -96,45 +99,48 @@ class Ledger:
 
     def month(self) -> Month:
         """What this month, in UTC, has seen so far. Raises BadFile."""
-        found = self._read().get(self._now(), _empty())
+        months = self._read()
+        found = months.get(self._now(months), _empty())
         return Month(found["spent"] / NANO, sum(found["open"].values()) / NANO, found["calls"])
 
     def reserve(self, amount: int, cap: float) -> str:
         """Set `amount` aside; a name to settle it by. Raises OverCap where the month would pass `cap` with it."""
         most = math.floor(Fraction(str(cap)) * NANO)
-        with self._changing() as month:
+        with self._changing() as (which, month):
             taken = month["spent"] + sum(month["open"].values())
             if taken + amount > most:
                 raise OverCap(f"a call may cost up to {amount / NANO:.6f}, and {max(most - taken, 0) / NANO:.6f} of {cap:g} "
-                              "are left this month")
-            name = f"{self._now()}/{secrets.token_hex(8)}"
+                              f"are left in {which}; raise the cap, or wait for the next month")
+            name = f"{which}/{secrets.token_hex(8)}"
             month["open"][name] = amount
         return name
 
     def settle(self, name: str, amount: int) -> None:
         """What the call did cost; 0 where it was not made."""
-        with self._changing(name.partition("/")[0]) as month:
+        with self._changing(name.partition("/")[0]) as (_, month):
             if name in month["open"]:           # twice is once
                 del month["open"][name]
                 month["spent"] += amount
 
     def count(self, most: int | None = None) -> bool:
         """Count a call, unless the month has `most` already; whether it was counted."""
-        with self._changing() as month:
+        with self._changing() as (_, month):
             fits = most is None or month["calls"] < most
             month["calls"] += fits
         return fits
 
     # ---- the file -----------------------------------------------------------------------------------------------
 
-    def _now(self) -> str:
-        return time.strftime("%Y-%m", time.gmtime(self._clock()))
+    def _now(self, months: dict) -> str:
+        """The month by the clock, or a later one that was written already: a clock set back opens no purse again."""
+        return max(time.strftime("%Y-%m", time.gmtime(self._clock())), *months, "")
 
     def _read(self) -> dict:
         try:
             months = json.loads(self.path.read_text(encoding="utf-8"))
-            for month in months.values():
-                if not all(type(one) is int and one >= 0 for one in (month["spent"], month["calls"], *month["open"].values())):
+            for name, month in months.items():
+                counts = (month["spent"], month["calls"], *month["open"].values())
+                if not _MONTH.fullmatch(name) or not all(type(one) is int and one >= 0 for one in counts):
                     raise ValueError
         except FileNotFoundError:
             return {}
@@ -146,21 +152,32 @@ class Ledger:
                       "it, or remove it to count from zero")
 
     @contextmanager
-    def _changing(self, which: str | None = None) -> Iterator[dict]:
-        """One month, to change; written when nothing was raised."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock"):
-            months = self._read()
-            yield months.setdefault(which or self._now(), _empty())
-            part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
-            try:
-                with open(part, "w", encoding="utf-8") as file:
-                    json.dump(months, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(part, self.path)
-            finally:
-                part.unlink(missing_ok=True)
+    def _changing(self, which: str | None = None) -> Iterator[tuple[str, dict]]:
+        """A month and its name, to change; written when nothing was raised. Raises BadFile, LabError."""
+        wrong = ""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.path}.lock"):
+                months = self._read()
+                which = which or self._now(months)
+                yield which, months.setdefault(which, _empty())
+                self._write(months)
+        except OSError as error:
+            wrong = error.strerror or type(error).__name__
+        if wrong:
+            raise LabError(f"{self.path.name}, where spending is written down, cannot be written ({wrong}), so nothing more is "
+                           "spent; make room for it, or give another ledger=")
+
+    def _write(self, months: dict) -> None:
+        part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
+        try:
+            with open(part, "w", encoding="utf-8") as file:
+                json.dump(months, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self.path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _empty() -> dict:
