@@ -180,6 +180,44 @@ def test_a_stream_that_breaks_off_says_so(far):
     assert "".join(got) == "one two "
 
 
+def events(*said: dict) -> bytes:
+    head = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    return b"".join(f"data: {json.dumps(head | one)}\n\n".encode() for one in said)
+
+
+def piece(text: str, ended=None, **more) -> dict:
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": ended}]} | more
+
+
+def test_a_stream_that_just_ends_was_broken_off_and_counts_in_full(far):
+    far.always = events(piece("one "), piece("two "))
+    near, got = endpoint(far, price=(1, 1), cap=1), []
+    assert kind_of(lambda: got.extend(near.stream(HELLO))) == "network" and got == ["one ", "two "]
+    assert near.ledger.month().spent > 256e-6
+    far.always = events(piece("one "), piece("two", "stop"))
+    assert "".join(near.stream(HELLO)) == "one two"
+
+
+def test_a_stream_that_counts_as_it_goes_and_is_left_counts_in_full(far):
+    """vLLM tells with each piece what it took so far; what it writes after we left it bills all the same."""
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    far.always = events(piece("one ", usage=usage), piece("two", "stop", usage=usage))
+    near = endpoint(far, price=(1, 1), cap=1)
+    pieces = near.stream(HELLO)
+    next(pieces)
+    pieces.close()
+    assert near.ledger.month().spent > 256e-6
+
+
+@pytest.mark.parametrize("size", [1, 5, 33])
+def test_a_key_that_comes_back_in_pieces_is_not_told(far, size):
+    text = f"your key is {SECRET}, {SECRET[:9]} and {SECRET[:3]}"
+    parts = [text[at:at + size] for at in range(0, len(text), size)]
+    far.always = events(*map(piece, parts[:-1]), piece(parts[-1], "stop"))
+    got = "".join(endpoint(far, key="env:LLMLAB_TEST_KEY").stream(HELLO))
+    assert got == text.replace(SECRET, "[key]")
+
+
 def test_nothing_leaves_this_computer_when_it_is_switched_off(monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("it tried"))
     for name in ("LLMLAB_OFFLINE", "HF_HUB_OFFLINE"):

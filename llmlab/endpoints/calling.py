@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from ..errors import LabError
 from .addresses import checked_url, is_here, switched_off
 from .failing import Failure, failure_of
-from .keys import key_source, scrubbed
+from .keys import Scrubbing, key_source, scrubbed
 from .replies import BUSY, CAP, COUNT, KEY, NETWORK, OFFLINE, SERVER, TIMEOUT, CallFailed, Reply, counts_of, piece_of, reply_of
 from .sending import as_json, beside_text
 from .spending import NANO, Ledger, OverCap, amount_of, price_of
@@ -254,17 +254,24 @@ class Endpoint:
     def _pieces(self, body: dict) -> Generator[str, None, Reply]:
         """What is cut off, by the reader or by the network, counts in full."""
         done = self._through(body, lambda wire: self._create(wire, body))
-        texts, usage, failed = [], (None, None), None
+        texts, usage, ended, whole, failed, clean = [], (None, None), None, False, None, Scrubbing(done.secret)
         try:
             for chunk in done.found:
-                texts.append(piece_of(chunk))
-                usage = counts_of(chunk) if chunk.usage else usage
-                if texts[-1]:
-                    yield scrubbed(texts[-1], done.secret)
+                text, why = piece_of(chunk)
+                texts.append(text)
+                usage, ended = counts_of(chunk) if chunk.usage else usage, why or ended
+                if piece := clean.add(text):
+                    yield piece
+            # A connection that is closed looks like an end: one that is meant says so, or what it took.
+            whole = ended is not None or usage != (None, None)
+            if not whole:
+                failed = Failure(NETWORK, "hung up")
+            if piece := clean.rest():
+                yield piece
         except Exception as error:
-            failed, usage = failure_of(error, done.secret), (None, None)
+            failed, whole = failure_of(error, done.secret), False
         finally:
-            reply = self._finished(done, Reply(("".join(texts),), *usage))
+            reply = self._finished(done, Reply(("".join(texts),), *(usage if whole else (None, None)), finish=ended))
             done.found.close()
         if failed is not None:
             raise self._failed(failed, done, ", in the middle of an answer")

@@ -68,3 +68,24 @@ def key_source(given) -> KeySource | None:
 def scrubbed(text: str, secret: str | None) -> str:
     """A text of a server's, without the key it was given."""
     return text.replace(secret, HIDDEN) if secret else text
+
+
+class Scrubbing:
+    """The same of a text that comes in pieces: what may be the beginning of the key waits for what follows."""
+
+    def __init__(self, secret: str | None):
+        self.secret, self._held = secret, ""
+
+    def add(self, piece: str) -> str:
+        """What can be told now."""
+        if not self.secret:
+            return piece
+        text = scrubbed(self._held + piece, self.secret)
+        waits = next((at for at in range(min(len(text), len(self.secret) - 1), 0, -1) if self.secret.startswith(text[-at:])), 0)
+        self._held = text[len(text) - waits:]
+        return text[:len(text) - waits]
+
+    def rest(self) -> str:
+        """What waited, when nothing follows."""
+        held, self._held = self._held, ""
+        return held

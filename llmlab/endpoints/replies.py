@@ -76,7 +76,9 @@ def counts_of(found) -> tuple[int | None, int | None]:
     return tuple(one if type(one) is int and one >= 0 else None for one in counts)
 
 
-def piece_of(chunk) -> str:
-    """What a piece of a stream adds to the first choice."""
+def piece_of(chunk) -> tuple[str, str | None]:
+    """What a piece of a stream adds to the first choice, and why that ended (None: it goes on)."""
     choices = getattr(chunk, "choices", None)
-    return (choices[0].delta.content or "") if choices and choices[0].index == 0 else ""
+    if not choices or choices[0].index != 0:
+        return "", None
+    return choices[0].delta.content or "", choices[0].finish_reason
