@@ -94,6 +94,29 @@ def test_a_schema_that_is_none_and_definitions_that_are_none():
             checked_tools(given)
 
 
+@pytest.mark.parametrize(("schema", "text", "says"), [
+    ({"$ref": "#/properties/x"}, '{"x": 1}', "arguments that break the schema"),
+    ({"multipleOf": 0.1}, '{"x": Infinity}', "arguments that break the schema"),
+    ({"multipleOf": 0.1}, '{"x": NaN}', "arguments that break the schema"),
+    ({"multipleOf": 0.1}, '{"x": 1' + "0" * 400 + "}", "arguments that break the schema"),
+    ({"$ref": "#/$defs/whole"}, '{"x": 1.0}', "right call"), ({"$ref": "#/$defs/whole"}, '{"x": "1"}',
+                                                              "arguments that break the schema")])
+def test_whatever_a_model_writes_is_judged(schema, text, says):
+    tools = checked_tools([{"type": "function", "function": {"name": "f", "parameters": {
+        "type": "object", "properties": {"x": schema}, "$defs": {"whole": {"type": "integer"}}}}}])
+    assert verdict(("f", text), "", tools, "f", {"x": 1}, {}) == says
+
+
+@pytest.mark.parametrize("ref", ["#/$defs/none", "http://127.0.0.1:9/schema.json", "file:///etc/hostname"])
+def test_a_schema_that_leads_nowhere_is_refused_and_no_address_is_opened(tmp_path, ref):
+    row = item(0, {"name": "f", "arguments": {"x": 1}})
+    row["tools"] = [{"type": "function", "function": {"name": "f", "parameters": {
+        "type": "object", "properties": {"x": {"$ref": ref}}}}}]
+    (tmp_path / "own.jsonl").write_text(json.dumps(row))
+    with pytest.raises(LabError, match="line 1: the parameters of 'f' refer to .*, which is not there"):
+        llmlab.evaluation.read_items(tmp_path / "own.jsonl")
+
+
 @pytest.mark.parametrize(("one", "other", "equal"), [
     ("Rome", " rome", True), ("Rome", "Roma", False), (5, 5.0, True), (1, True, False), (0, False, False), ("5", 5, False),
     ([1, "A"], [1, "a"], True), ([1, 2], [2, 1], False), ({"a": [1]}, {"a": [1.0]}, True), ({"a": 1}, {"a": 1, "b": 2}, False),

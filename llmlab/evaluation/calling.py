@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jsonschema
+import referencing
 
 from ..errors import LabError
 from ..runtime.generating import has_template, prompt_tokens
@@ -44,16 +45,23 @@ def checked_tools(given: Any) -> Tools:
 
 def validator(tool: Tool) -> Callable[[Mapping], str]:
     """What says, in a line, why arguments do not fit a tool's schema; "" where they do. Raises LabError for a schema that is
-    none."""
+    none, as what it returns does for a $ref that leads nowhere."""
     kind = jsonschema.validators.validator_for(tool.parameters, jsonschema.Draft202012Validator)
     try:
         kind.check_schema(tool.parameters)
     except jsonschema.SchemaError as error:
         raise LabError(f"the parameters of {tool.name!r} are no JSON schema: {error.message[:80]}") from None
-    checks = kind(tool.parameters)
+    checks = kind(tool.parameters, registry=referencing.Registry())         # which opens no address that a $ref names
 
     def fault(arguments: Mapping) -> str:
-        first = jsonschema.exceptions.best_match(checks.iter_errors(arguments))
+        try:
+            first = jsonschema.exceptions.best_match(checks.iter_errors(arguments))
+        except referencing.exceptions.Unresolvable as error:
+            raise LabError(f"the parameters of {tool.name!r} refer to {error.ref!r:.60}, which is not there") from None
+        except RecursionError:
+            return "it never ends, or is nested too deep"
+        except (OverflowError, ValueError) as error:        # such as multipleOf of an infinite number
+            return f"a number that cannot be checked ({' '.join(str(error).split())[:80]})"
         return "" if first is None else " ".join(first.message.split())[:120]
 
     return fault
