@@ -2,6 +2,8 @@
 evaluations are paired item by item."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -220,10 +222,26 @@ def test_it_is_saved_and_loaded_whole(tmp_path):
     for damage in ("", "{}", "[]", json.dumps(told | {"llmlab_evaluation": 2}), json.dumps(told | {"more": 1}),
                    json.dumps(told | {"outcomes": [told["outcomes"][0] | {"right": 1}]}),
                    json.dumps(told | {"outcomes": [told["outcomes"][0] | {"logprob": "low"}]}),
+                   json.dumps(told | {"outcomes": [told["outcomes"][0] | {"logprob": 10**400}]}),
+                   *(json.dumps(told | {name: value}) for name, value in (
+                       ("model", 5), ("seconds", None), ("tokens", {"own": "30"}), ("notes", "so"), ("whole", 1))),
                    json.dumps({key: told[key] for key in told if key != "how"})):
         (tmp_path / "e.json").write_text(damage)
         with pytest.raises(BadFile, match="no evaluation"):
             Evaluation.load(tmp_path / "e.json")
+
+
+def test_whatever_a_model_said_is_saved_whatever_the_computer_s_language(tmp_path):
+    one = replace(evaluation([1]), model="модель")
+    one = replace(one, outcomes=(replace(one.outcomes[0], said="снег \ud800("),))
+    code = ("import sys; from llmlab.evaluation import Evaluation as E; one = E.load(sys.argv[1]); one.save(sys.argv[1]); "
+            "assert E.load(sys.argv[1]) == one")
+    one.save(tmp_path / "e.json")
+    done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code, tmp_path / "e.json"], capture_output=True, text=True,
+                          env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 0, done.stderr
+    found = Evaluation.load(tmp_path / "e.json")
+    assert found.model == "модель" and found.outcomes[0].said == "снег ?("
 
 
 def test_scores_say_when_they_cannot_be_told_from_guessing():
@@ -249,6 +267,11 @@ def test_two_on_the_same_items():
     assert (back.lost, back.gained, back.p, back.difference) == (2, 8, found.p, 0.5) and "rose by 0.250" in back.answer
     row, = found.by_task
     assert row["share"] == 4 / 12 - 1 / 12 and row["other"] == 9 / 12 and row["lost"] == 8
+
+
+def test_one_item_has_no_error():
+    found = evaluation([1], [-1.0]).beside(evaluation([1], [-1.5]))
+    assert "rose by 0.500 nats on average, within chance" in found.answer and "nan" not in repr(found)
 
 
 def test_a_difference_that_is_more_than_chance_is_said_to_be():

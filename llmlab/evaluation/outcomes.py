@@ -144,7 +144,8 @@ class Evaluation:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it as JSON, whole or not at all. Raises LabError where that cannot be."""
-        write_whole(Path(path), json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        told = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        write_whole(Path(path), told.encode("utf-8", "replace").decode("utf-8"))       # a model may write half a character
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Evaluation":
@@ -158,8 +159,9 @@ class Evaluation:
             told.pop("scores")
             outcomes = tuple(_outcome(one) for one in told.pop("outcomes"))
             _fits(told, cls)
+            _check_head(told)
             return cls(outcomes=outcomes, **told | {"notes": tuple(told["notes"])})
-        except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, OverflowError, AttributeError, TypeError, KeyError, RecursionError) as error:
             raise BadFile(f"{show_path(str(path))} is no evaluation that llmlab saved ({str(error)[:80]}); give another "
                           "file") from None
 
@@ -177,6 +179,15 @@ def _outcome(told: Mapping) -> Outcome:
                 isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)):
         raise ValueError("an outcome holds what is none")
     return one
+
+
+def _check_head(told: Mapping) -> None:
+    """Of an evaluation, all but its outcomes."""
+    texts = [told["model"], told["how"], told["date"], *told["versions"].values(), *told["notes"]]
+    numbers = [*told["seconds"].values(), *told["tokens"].values()]
+    if (not all(isinstance(text, str) for text in texts) or not isinstance(told["notes"], list)
+            or not isinstance(told["whole"], bool) or not all(isinstance(one, (int, float)) for one in numbers)):
+        raise ValueError("it holds what is none")
 
 
 def _fits(told: Mapping, kind: type) -> None:

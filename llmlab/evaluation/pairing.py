@@ -84,11 +84,11 @@ class Comparison:
         rows = []
         for task in dict.fromkeys(one.task for one, _ in self.pairs):
             part = Comparison(self.model, self.other, tuple(pair for pair in self.pairs if pair[0].task == task))
-            low, high = part.interval
+            (low, high), moved = part.interval, part.logprob
             rows.append({"task": task, "n": part.n, "share": sum(one.right for one, _ in part.pairs) / part.n,
                          "other": sum(other.right for _, other in part.pairs) / part.n, "difference": part.difference,
                          "low": low, "high": high, "lost": part.lost, "gained": part.gained, "p": part.p,
-                         "logprob": part.logprob and part.logprob.value, "error": part.logprob and part.logprob.error})
+                         "logprob": moved and moved.value, "error": moved.error if moved and moved.error == moved.error else None})
         return Table(rows, dict.fromkeys(("share", "other"), "{:.0%}".format)
                      | dict.fromkeys(("difference", "low", "high"), lambda share: f"{100 * share:+.1f}")
                      | dict.fromkeys(("p", "error"), "{:.2g}".format) | {"logprob": "{:+.3f}".format})
@@ -112,9 +112,10 @@ class Comparison:
                      + f". Where {_count(max(self.lost + self.gained, least), 'item')} of {self.n} change, nothing below "
                      f"{100 * self.least:.1f} points can be shown" + (", so these are too few." if self.least > 1 else "."))
         if (moved := self.logprob) is not None:
-            sure = abs(moved.value) > 2 * moved.error if moved.error == moved.error else False
+            known = moved.error == moved.error          # of one item it is not
+            sure = known and abs(moved.value) > 2 * moved.error
             said += (f" The right answers' log-likelihood {'rose' if moved.value > 0 else 'fell'} by "
-                     f"{abs(moved.value):.3f} ± {moved.error:.3f} nats on average"
+                     f"{abs(moved.value):.3f}{f' ± {moved.error:.3f}' if known else ''} nats on average"
                      f"{', which is more than chance' if sure else ', within chance'}."
                      if moved.value else " The right answers are exactly as likely.")
         if self.left_out:

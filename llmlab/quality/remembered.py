@@ -70,7 +70,7 @@ def write_whole(path: Path, text: str) -> None:
     """The file appears whole or not at all. Raises LabError."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         raise LabError(f"{show_path(str(path))} cannot be written: {error.strerror or error}; check its folder") from None
