@@ -88,7 +88,8 @@ class Comparison:
             rows.append({"task": task, "n": part.n, "share": sum(one.right for one, _ in part.pairs) / part.n,
                          "other": sum(other.right for _, other in part.pairs) / part.n, "difference": part.difference,
                          "low": low, "high": high, "lost": part.lost, "gained": part.gained, "p": part.p,
-                         "logprob": moved and moved.value, "error": moved.error if moved and moved.error == moved.error else None})
+                         "logprob": moved and moved.value,
+                         "error": moved.error if moved and moved.error == moved.error else None})
         return Table(rows, dict.fromkeys(("share", "other"), "{:.0%}".format)
                      | dict.fromkeys(("difference", "low", "high"), lambda share: f"{100 * share:+.1f}")
                      | dict.fromkeys(("p", "error"), "{:.2g}".format) | {"logprob": "{:+.3f}".format})
