@@ -5,6 +5,7 @@ Dask and Ray are real clusters here, of two worker processes each.
 
 import contextlib
 import functools
+import importlib
 import os
 import shutil
 import signal
@@ -233,6 +234,51 @@ def test_another_function_has_another_key_wherever_the_difference_lies():
 
 class Colour(Enum):
     RED = 1
+
+
+def test_what_a_function_reads_of_a_module_of_your_own_counts(tmp_path, monkeypatch):
+    (tmp_path / "helpers_of_mine.py").write_text("SCALE = 2\nOTHER = object()\ndef scaled(x): return x * SCALE\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    helpers = importlib.import_module("helpers_of_mine")
+    function = made("helpers.scaled(x)", helpers=helpers)
+    keys = [key_of(("f", function)), key_of(("f", function))]
+    helpers.SCALE = 3
+    keys.append(key_of(("f", function)))
+    helpers.scaled = lambda x: x
+    keys.append(key_of(("f", function)))
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+def test_what_a_library_made_of_something_of_yours_counts_by_that():
+    pairs = [({"a": 1}.get, {"a": 2}.get), (np.vectorize(lambda x: x), np.vectorize(lambda x: x + 1))]
+    assert all(key_of(("f", one)) != key_of(("f", other)) for one, other in pairs)
+    assert key_of(("f", {"a": 1}.get)) == key_of(("f", {"a": 1}.get))
+    import torch
+
+    endless = []
+    endless.append(endless)
+    for value in (np.frompyfunc(lambda x: x, 1, 1), endless):
+        with pytest.raises(LabError, match="content cannot be told"):
+            key_of(("f", value))
+    for value in (len, np.add, np.linalg.norm, torch.relu, torch.no_grad, str.upper, torch.nn.functional.max_pool2d):
+        assert key_of(("f", value))
+
+
+class Unsaid(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+def measured_error(x: int) -> dict:
+    if x == 2:
+        raise Unsaid
+    return {"error": x / 8}
+
+
+def test_a_result_named_error_stays_and_an_exception_may_fail_itself():
+    found = sweep(measured_error, {"x": [1, 2]}, progress=False)
+    assert [row["error"] for row in found.table] == [0.125, None]
+    assert [row["failure"] for row in found.table] == [None, "Unsaid"]
 
 
 def test_values_count_by_their_content(tmp_path):

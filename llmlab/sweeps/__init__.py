@@ -59,14 +59,16 @@ class Sweep(Listed):
 
     @property
     def table(self) -> Table:
-        """A row a point: its parameters, then what came out; an `error` where a point failed."""
+        """A row a point: its parameters, then what came out; an `error` where a point failed (`failure`, where
+        an "error" is among the parameters or results)."""
         errors = [next((one.error for one in self.failures if one.point is point), None) for point in self.points]
         made = [_row(point, result, done) for point, result, done in zip(self.points, self.results, self.done, strict=True)]
         columns = dict.fromkeys(name for point in self.points for name in point)
         columns |= dict.fromkeys(name for row in made for name in row)
         if self.failures:
-            columns["error"] = None
-            made = [row | {"error": error} for row, error in zip(made, errors, strict=True)]
+            label = "failure" if "error" in columns else "error"         # which may be what a function measures
+            columns[label] = None
+            made = [row | {label: error} for row, error in zip(made, errors, strict=True)]
         return Table({name: row.get(name) for name in columns} for row in made)
 
     @property

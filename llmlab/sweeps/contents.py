@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 
 from ..errors import LabError
 
 _PLAIN = (type(None), bool, int, float, complex, bytes, range, slice, type(...))
+_EMPTY = CellType()
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
@@ -31,7 +32,11 @@ def key_of(*values: tuple[str, object]) -> str:
     """
     told = _Told()
     for name, value in values:
-        told.tell(value, name)
+        try:
+            told.tell(value, name)
+        except RecursionError:
+            raise LabError(f"{name} holds itself, or is nested too deep, and its content cannot be told; say key= "
+                           "yourself") from None
     return told.digest.hexdigest()[:32]
 
 
@@ -114,6 +119,8 @@ class _Told:
             self.say(module, qualified)
             if not is_own(module):
                 self.say(_version(module))
+                if not _named(value, module, qualified):
+                    self.of_made(value, name)
             elif isinstance(value, type):
                 self.of_class(value, name)
             elif isinstance(value, FunctionType):
@@ -136,6 +143,28 @@ class _Told:
             if used in function.__globals__:
                 self.say(used)
                 self.tell(function.__globals__[used], f"{used}, which {function.__name__}() reads,")
+        for chain in sorted(_chains(function.__code__)):
+            inner = function.__globals__.get(chain[0])
+            for at, attribute in enumerate(chain[1:], 1):
+                if not isinstance(inner, ModuleType) or not is_own(inner.__name__) or attribute not in vars(inner):
+                    break
+                inner = vars(inner)[attribute]
+                if at == len(chain) - 1:
+                    self.say(*chain)
+                    self.tell(inner, f"{'.'.join(chain)}, which {function.__name__}() reads,")
+
+    def of_made(self, value: object, name: str) -> None:
+        """What a library made of something of yours, and has no name for: a method of a dict, what a factory returned."""
+        bound = getattr(value, "__self__", None)
+        if isinstance(value, FunctionType):
+            self.each((value.__defaults__, value.__kwdefaults__), name)
+            self.each((cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY), name)
+        elif isinstance(value, BuiltinMethodType) and not isinstance(bound, (type(None), ModuleType, type)):
+            self.tell(bound, name)
+        elif isinstance(value, np.vectorize):
+            self.tell(value.pyfunc, name)
+        elif isinstance(value, np.ufunc) and value.__name__.endswith("(vectorized)"):        # np.frompyfunc
+            raise _untold(value, name)
 
     def of_class(self, kind: type, name: str) -> None:
         """Its methods and plain attributes; what else hangs on a class says nothing about results."""
@@ -158,6 +187,26 @@ def _globals(code: CodeType) -> set[str]:
     """Names of globals that code reads, in functions inside it too."""
     found = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return found.union(*(_globals(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _chains(code: CodeType) -> set[tuple[str, ...]]:
+    """Globals and the attributes that code reads of them, as ("module", "function"), in functions inside it too."""
+    found, chain = set(), ()
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            chain = (step.argval,)
+        else:
+            chain = (*chain, step.argval) if chain and step.opname in ("LOAD_ATTR", "LOAD_METHOD") else ()
+        found |= {chain} if len(chain) > 1 else set()
+    return found.union(*(_chains(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _named(value: object, module: str, qualified: str) -> bool:
+    """Whether a module has it under its name."""
+    inner = sys.modules.get(module)
+    for part in qualified.split("."):
+        inner = getattr(inner, part, None)
+    return inner is value
 
 
 def is_own(module: str) -> bool:

@@ -101,5 +101,8 @@ def called(key: str, function: bytes | Callable, point: bytes | dict) -> tuple[s
 
 def line_of(error: BaseException) -> str:
     """One line that says what an exception says."""
-    said = " ".join(str(error).split())
+    try:
+        said = " ".join(str(error).split())
+    except Exception:           # an exception may fail too
+        said = ""
     return f"{type(error).__name__}: {said}"[:500] if said else type(error).__name__
