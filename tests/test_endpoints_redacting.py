@@ -1,5 +1,8 @@
 """What must not leave does not, and comes back: patterns, what they leave alone, hooks, placeholders that nobody wrote."""
 
+import json
+from types import MappingProxyType
+
 import pytest
 
 from llmlab import LabError
@@ -58,6 +61,45 @@ def test_placeholders_are_one_a_thing_and_never_somebodys_own_words():
     assert second["content"] == [{"type": "text", "text": "[EMAIL_3]"}]
     assert second["tool_calls"][0]["function"]["arguments"] == '{"to": "[EMAIL_4]"}'
     assert vault.restore("Ask [EMAIL_1], [EMAIL_2] or [EMAIL_30]") == "Ask [EMAIL_1], a@b.example or [EMAIL_30]"
+
+
+@pytest.mark.parametrize("text", [
+    "password: abc-sk-abcdefghijklmnopqrstuvwx", "/home/anna@x.example/private/divorce", "/home/bo/192.168.1.10/notes",
+    "password=x/home/anna/keys"])
+def test_of_two_that_overlap_nothing_is_left_over(text):
+    vault = Vault()
+    sent = Redactor().text(text, vault)
+    assert vault.restore(sent) == text and len(vault) == 1
+    assert sent.removeprefix("password: ").removeprefix("password=") in ("[SECRET_1]", "[EMAIL_1]", "[PATH_1]")
+
+
+@pytest.mark.parametrize("text", ["jürgen@example.org", "info@müller.de", "иван@пример.рф", "a@b.xn--p1ai",
+                                  "ann\u0435@x.example"])
+def test_addresses_in_any_script(text):
+    vault = Vault()
+    assert Redactor().text(f"to {text}!", vault) == "to [EMAIL_1]!" and vault.restore("[EMAIL_1]") == text
+
+
+def test_paths_in_the_arguments_of_a_tool_are_escaped():
+    said = json.dumps({"path": "C:\\Users\\bo\\x.txt"})
+    assert Redactor().text(said, Vault()) == '{"path": "[PATH_1]"}'
+
+
+def test_what_a_client_would_write_is_looked_through():
+    """OpenAI's own objects, names of fields that are none, a schema with a property called type."""
+    from openai.types.chat import ChatCompletionMessageFunctionToolCall as Call
+
+    call = Call.model_validate({"id": "c", "type": "function", "function": {"name": "f", "arguments": '"a@b.example"'}})
+    asked = [{"role": "assistant", "content": MappingProxyType({"type": "text", "text": "c@b.example"}), "tool_calls": [call]}]
+    sent, = Redactor().messages(asked, Vault())
+    assert "b.example" not in str(sent) and sent["tool_calls"][0]["function"]["name"] == "f" and sent["role"] == "assistant"
+    schema = {"properties": {"type": {"type": "string", "description": "a@b.example"}}, "a@b.example": 1, "type": "x@b.example"}
+    vault = Vault()
+    assert Redactor().anything(schema, vault) == {
+        "properties": {"type": {"type": "string", "description": "[EMAIL_1]"}}, "[EMAIL_1]": 1, "type": "[EMAIL_2]"}
+    for value in (object(), iter(["a@b.example"]), {1: "a@b.example"}, b"a@b.example"):
+        with pytest.raises(LabError, match="cannot be sent"):
+            Redactor().messages([{"role": "user", "content": value}], Vault())
 
 
 def test_hooks_run_first_and_close_when_they_fail():

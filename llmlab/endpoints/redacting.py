@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import LabError
+from .sending import as_json
 
-_EMAIL = re.compile(r"[A-Za-z0-9._%+'-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}")
+_EMAIL = re.compile(r"[\w.%+'-]{1,64}@(?:[\w-]{1,63}\.){1,8}(?:xn--[A-Za-z0-9-]{2,59}|[^\W\d_]{2,24})")
 # Digits in groups, as people write telephone numbers: a + or a 0 at the front, or (area), and 7 to 15 digits.
 _PHONE = re.compile(r"(?<![\w.])(?:\+\d{1,3}[ ./-]?|\(?0\d{0,4}\)?[ ./-]?|\(\d{2,5}\)[ ./-]?|\d{3}[ .-](?=\d{3}[ .-]\d{4}\b))"
                     r"(?:\(?\d{1,5}\)?[ ./-]?){1,5}\d{2,}(?![\w])")
@@ -27,7 +28,10 @@ _SECRET = re.compile(
 _SAID = re.compile(r"(?i)\b(?:password|passwd|pwd|secret|token|api[_-]?key|access[_-]?key|authorization)\b[\"']?\s*"
                    r"(?:=|:|is)\s*(?:bearer\s+)?[\"']?(?P<value>[^\s\"',;]{6,})")
 _LONG = re.compile(r"(?<![\w/+-])[A-Za-z0-9+/_-]{32,}={0,2}(?![\w/+-])")
-_PATH = re.compile(r"(?:/(?:home|Users|root)\b|\b[A-Za-z]:\\Users\\|~/)[^\s\"'<>|:;,)\]]*")
+_PATH = re.compile(r"(?:/(?:home|Users|root)\b|\b[A-Za-z]:\\{1,2}Users\\|~/)[^\s\"'<>|:;,)\]]*")
+
+_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
+_WORD = re.compile(r"[a-z_]{1,24}")
 
 Span = tuple[int, int]
 
@@ -115,16 +119,17 @@ class Redactor:
     def __repr__(self) -> str:
         return f"Redactor({', '.join((*self.kinds, *(getattr(hook, '__name__', 'a hook') for hook in self.hooks)))})"
 
-    def messages(self, messages: list[dict], vault: Vault) -> list[dict]:
+    def messages(self, messages: list[dict], vault: Vault, taken: str = "") -> list[dict]:
         """The same conversation without what must not leave: every text in it, however deep. Raises LabError where a hook
-        fails or gives no text: then nothing may leave."""
-        taken = _texts(messages)
-        return [{name: value if name == "role" else self._inside(value, vault, taken) for name, value in one.items()}
-                for one in messages]
+        fails or gives no text, and for objects that cannot be looked through: then nothing may leave. taken: as text()'s."""
+        messages = as_json(messages)
+        taken = "\n".join((texts_of(messages), taken))
+        return self._inside(messages, vault, taken)
 
-    def anything(self, value, vault: Vault):
+    def anything(self, value, vault: Vault, taken: str = ""):
         """The same of what else goes along."""
-        return self._inside(value, vault, _texts(value))
+        value = as_json(value)
+        return self._inside(value, vault, "\n".join((texts_of(value), taken)))
 
     def text(self, text: str, vault: Vault, taken: str = "") -> str:
         """One text without what must not leave. taken: in which placeholders may not occur."""
@@ -133,8 +138,13 @@ class Redactor:
         spans: list[tuple[int, int, str]] = []
         for kind in self.kinds:
             for start, end in BUILT_IN[kind](text):
-                if all(end <= begun or start >= ended for begun, ended, _ in spans):
-                    spans.append((start, end, kind))
+                # Of two that overlap neither leaves in part: they are one, and the earlier one names it.
+                over = [one for one in spans if start < one[1] and end > one[0]]
+                if over:
+                    start, end = min(start, *(one[0] for one in over)), max(end, *(one[1] for one in over))
+                    spans = [one for one in spans if one not in over]
+                if start < end:
+                    spans.append((start, end, over[0][2] if over else kind))
         names = {value: name for name, value in vault.held.items()}
         pieces, at = [], 0
         for start, end, kind in sorted(spans):
@@ -161,18 +171,28 @@ class Redactor:
     def _inside(self, value, vault: Vault, taken: str):
         if isinstance(value, str):
             return self.text(value, vault, taken)
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, list):
             return [self._inside(one, vault, taken) for one in value]
         if isinstance(value, dict):
-            return {name: one if name in ("type", "role") else self._inside(one, vault, taken) for name, one in value.items()}
+            return {self._name(name, vault, taken): one if _is_word_of_the_api(name, one) else self._inside(one, vault, taken)
+                    for name, one in value.items()}
         return value
 
+    def _name(self, name: str, vault: Vault, taken: str) -> str:
+        """A field's own name stays; what else stands there, say an address in a table, does not."""
+        return name if _FIELD.fullmatch(name) else self.text(name, vault, taken)
 
-def _texts(value) -> str:
+
+def _is_word_of_the_api(name: str, value) -> bool:
+    return name in ("type", "role") and isinstance(value, str) and bool(_WORD.fullmatch(value))
+
+
+def texts_of(value) -> str:
+    """Every text in a value, however deep, each a line."""
     if isinstance(value, str):
         return value
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return "\n".join(map(_texts, parts))
+    parts = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return "\n".join(map(texts_of, parts))
 
 
 def _free(called: str, vault: Vault, text: str) -> str:
