@@ -15,7 +15,7 @@ from server_clients import alone, serving, tiny
 
 import llmlab
 from llmlab import Endpoint, LabError, router
-from llmlab.endpoints import REASONS, Ledger, Log, Rule, recorded, recorded_curve, route_curve
+from llmlab.endpoints import REASONS, Decision, Ledger, Log, Rule, recorded, recorded_curve, route_curve
 from llmlab.endpoints.allowing import Share
 from llmlab.endpoints.calibrating import calibrated, wilson
 from llmlab.endpoints.replies import Chance
@@ -311,6 +311,45 @@ def test_a_question_too_long_for_here_may_go_out(path, far):
             ask(route, chances=3)
 
 
+@pytest.mark.parametrize("settings", [{"at_most": "5 per month"}, {"cap": 1}])
+def test_no_answer_is_lost_over_a_ledger_that_cannot_be_read(path, near, far, settings):
+    route = made(near, far, price=(1, 1), **settings)
+    route.remote.ledger.path.parent.mkdir(parents=True, exist_ok=True)
+    route.remote.ledger.path.write_text("[1")
+    found = ask(route)
+    assert found.text == alone(path, HELLO, 6) and found.decision.reason == "count" and not far.asked
+    assert found.note.startswith(f"answered here: {REASONS['count']} (") and "remove it to count from zero" in found.note
+
+
+def test_no_answer_is_lost_over_what_may_not_be_sent(path, near, far):
+    found = ask(made(near, far, price=(1, 1), cap=1), [*HELLO, {"role": "assistant", "content": "x", "audio": {"id": "1"}}])
+    assert found.decision.reason == "count" and found.text and not far.asked
+
+
+def test_no_answer_is_lost_over_a_log_that_cannot_be_written(near, far, tmp_path):
+    route = made(near, far, log=tmp_path / "sub" / "log.jsonl")
+    route.log.path.unlink()
+    route.log.path.mkdir()
+    found = ask(route)
+    assert found.text == "hi" and "cannot be written" in found.note and len(route.decisions) == 1 == len(far.asked)
+
+
+def test_offline_asks_no_other_computer_to_answer_here(far, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it tried"))
+    elsewhere = Endpoint("http://192.0.2.1/v1", "m", allow_http=True, retries=0, timeout=0.1)
+    for settings in ({}, {"unsure": lambda messages: False}):
+        with pytest.raises(LabError, match="offline and .* is another computer"):
+            ask(made(elsewhere, far, offline=True, **settings))
+    with pytest.raises(LabError, match="offline"):
+        made(elsewhere, far, offline=True, at_most=0.5).calibrate(QUESTIONS)
+
+
+def test_a_placeholder_is_in_no_setting_either(near, far):
+    route = made(near, far)
+    shown = route.preview("a@b.example", stop=["[EMAIL_1]", "c@b.example"]).body
+    assert b'"content":"[EMAIL_2]"' in shown and b'["[EMAIL_1]","[EMAIL_3]"]' in shown
+
+
 def test_the_caps_of_a_router_are_its_own(near, far):
     remote = Endpoint(far.url, "m", price=(1, 1))
     assert router(near, remote, cap=3).remote.cap == 3 and remote.cap is None
@@ -336,6 +375,18 @@ def test_the_log_has_every_decision_and_no_text(near, far, tmp_path):
     assert said["messages"] == [{"role": "user", "content": "secret words"}] and said["text"] == "hi"
     with pytest.raises(LabError, match="cannot be written"):
         ask(made(near, far, log=tmp_path))
+
+
+def test_a_log_is_read_by_its_lines_and_no_others(tmp_path):
+    """Texts may hold what Unicode calls a line's end; a crash may cut a line off, in the middle of a letter too."""
+    log = Log(tmp_path / "log.jsonl", texts=True)
+    one = Decision(1.0, "local", "sure", "x", 0.5, 1.0)
+    log.add(one, [{"role": "user", "content": 'a\u2028b\x85c\x0cd {"at": 3}'}], "\u2029")
+    line = log.path.read_bytes()
+    log.path.write_bytes(line + line[:-5])
+    log.add(one, HELLO, "x")
+    log.path.write_bytes(log.path.read_bytes() + "\u00e9".encode()[:1])
+    assert log.read() == [one, one]
 
 
 def test_many_write_one_log(near, far, tmp_path):

@@ -1,5 +1,6 @@
 """A decision: where a question was answered and why, what left this machine for it and what that cost; and the log of them."""
 
+import errno
 import hashlib
 import json
 import math
@@ -26,6 +27,8 @@ REASONS = {
     "redaction": "unsure, but redaction failed, so nothing may leave",
     "no local answer": "the local model gave no answer",
 }
+
+_BEGINS = b'{"at": '                     # a line of the log; within a text the quotes would be escaped
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                os.write(file, line)
+                if os.write(file, line) < len(line):
+                    raise OSError(errno.ENOSPC, "no space for a line")
             finally:
                 os.close(file)
         except OSError as error:
@@ -106,11 +110,13 @@ class Log:
             raise LabError(f"the log {self.path.name[:80]} cannot be written ({wrong}); give another file")
 
     def read(self) -> list[Decision]:
-        """The decisions in it; a line that a crash cut off is left out."""
+        """The decisions in it; a line that a crash cut off is left out, and the one that was written onto it is not."""
         names, found = {field.name for field in fields(Decision)}, []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        # Lines end in \n and nothing else: texts may hold what Unicode calls a line's end.
+        for line in self.path.read_bytes().split(b"\n") if self.path.exists() else ():
             try:
-                found.append(Decision(**{name: value for name, value in json.loads(line).items() if name in names}))
+                said = json.loads(line[max(line.rfind(_BEGINS), 0):])
+                found.append(Decision(**{name: value for name, value in said.items() if name in names}))
             except (ValueError, TypeError, AttributeError):
                 continue
         return found

@@ -19,8 +19,9 @@ from .calibrating import Calibration, calibrated
 from .calling import Endpoint, Preview
 from .deciding import REASONS, Decision, Log, digest_of, table_of
 from .near import near_of
-from .redacting import BUILT_IN, Redactor, Vault
+from .redacting import BUILT_IN, Redactor, Vault, texts_of
 from .replies import CallFailed, Reply
+from .sending import as_json
 from .signals import signal_of
 from .spending import amount_of
 
@@ -134,7 +135,7 @@ class Router:
         for at, one in enumerate(questions):
             messages = _conversation(one)
             signals.append(self.signal.judged(messages) if self.signal.rule else
-                           self.signal.answered(self.local, messages, settings)[1])
+                           self.signal.answered(self._nearby(), messages, settings)[1])
             if progress is not None:
                 progress(at + 1)
         return self.calibrate_to(signals, share)
@@ -181,7 +182,7 @@ class Router:
         if far is None and reply is None:
             if missing:
                 raise LabError(f"nobody answers: {missing}; and of the call: {REASONS[reason].removeprefix('unsure, but ')}")
-            reply = self.local.chat(messages, **settings)
+            reply = self._nearby().chat(messages, **settings)
             here += reply.seconds
         if missing and far is not None:
             reason = "no local answer"
@@ -196,17 +197,25 @@ class Router:
                             completion_tokens=far.completion_tokens if far else None,
                             seconds=time.monotonic() - began, local_seconds=here, digest=digest_of(messages))
         text = vault.restore(far.text) if far else reply.text
-        self._remember(decision, messages, text)
-        return Routed(text, decision, "" if far or reason == "sure" else f"answered here: {said}")
+        unwritten = self._remember(decision, messages, text)
+        notes = ("" if far or reason == "sure" else f"answered here: {said}", unwritten)
+        return Routed(text, decision, "; ".join(filter(None, notes)))
 
     def _here(self, messages: list[dict], settings: dict) -> tuple[Reply | None, float, str]:
         """(the local answer, how unsure it is, what was in the way)."""
         if self.signal.rule:
             return None, self.signal.judged(messages), ""
         try:
-            return *self.signal.answered(self.local, messages, settings), ""
+            return *self.signal.answered(self._nearby(), messages, settings), ""
         except CallFailed as error:
             return None, math.inf, str(error)
+
+    def _nearby(self):
+        """Who answers first; offline only where that is this computer."""
+        if self.offline and not self.local.here:
+            raise CallFailed(f"the router is offline and {self.local!r} is another computer; give a model of this one",
+                             "offline")
+        return self.local
 
     def _there(self, messages: list[dict], settings: dict, vault: Vault) -> tuple[Reply | None, str, LabError | None]:
         """(the remote answer, the reason, what was in the way)."""
@@ -217,7 +226,11 @@ class Router:
         except LabError as error:
             failed = CallFailed(str(error), "refused")
             return None, "redaction", failed
-        if not self.allowance.take():
+        try:
+            may = self.allowance.take()
+        except LabError as error:            # the ledger's: who cannot count calls makes none
+            return None, "count", CallFailed(str(error), "count")
+        if not may:
             return None, self.allowance.reason, None
         try:
             found = self.remote.chat(sent, **more)
@@ -226,7 +239,8 @@ class Router:
         return found, "rule" if self.signal.rule else "unsure", None
 
     def _outgoing(self, messages: list[dict], settings: dict, vault: Vault) -> tuple[list[dict], dict]:
-        return self.redactor.messages(messages, vault), self.redactor.anything(settings, vault)
+        both = texts_of([as_json(messages), as_json(settings)])          # a placeholder may occur in neither
+        return self.redactor.messages(messages, vault, both), self.redactor.anything(settings, vault, both)
 
     def _follow(self, signal: float) -> None:
         """Move the threshold so that the share of signals above it comes to what is allowed (Robbins and Monro's way)."""
@@ -236,11 +250,16 @@ class Router:
             over = float(signal > self.threshold) - float(self.allowance.share)
             self.threshold += self.adapt * self.calibration.spread * over
 
-    def _remember(self, decision: Decision, messages: list[dict], text: str) -> None:
+    def _remember(self, decision: Decision, messages: list[dict], text: str) -> str:
+        """What was in the way of the log: no answer is lost over it."""
         with self._lock:
             self.decisions.append(decision)
-        if self.log is not None:
-            self.log.add(decision, messages, text)
+        try:
+            if self.log is not None:
+                self.log.add(decision, messages, text)
+        except LabError as error:
+            return str(error)
+        return ""
 
     # ---- in words -----------------------------------------------------------------------------------------------
 
