@@ -468,7 +468,8 @@ def test_a_worker_that_is_killed_costs_only_what_it_was_at(tmp_path):
 def test_a_point_that_kills_its_worker_each_time_has_failed(tmp_path):
     done = sweep(deadly, {"x": range(8), "marks": [str(tmp_path)], "deaths": [{3: 9, 6: 1}]}, n_jobs=2, progress=False)
     assert done.results == tuple(None if x == 3 else x * x for x in range(8))
-    assert len(list(tmp_path.glob("3-*"))) == 3 and len(list(tmp_path.glob("6-*"))) == 1
+    # Twice alone; before that in company, where it may have died of another's death first.
+    assert 2 <= len(list(tmp_path.glob("3-*"))) <= 4 and len(list(tmp_path.glob("6-*"))) == 1
     assert [one.point["x"] for one in done.failures] == [3] and "its worker died each time" in done.failures[0].error
 
 
