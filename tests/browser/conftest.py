@@ -28,3 +28,15 @@ def shots(tmp_path_factory) -> Path:
     folder = Path(os.environ.get("LLMLAB_SHOTS") or tmp_path_factory.mktemp("shots"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def book(lab, browser, request):
+    """A module's notebook, open, all of it run; what the console said is checked at the end. BOOK: {"name", "seconds" that all
+    cells may take together, "height" of the page}."""
+    given = request.module.BOOK
+    notebook = labpage.Notebook(browser, lab, given["name"], height=given.get("height", 1000)).open()
+    notebook.all_run(given["seconds"])
+    yield notebook
+    notebook.page.close()
+    assert notebook.errors == []

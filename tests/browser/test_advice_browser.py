@@ -1,24 +1,14 @@
 """The notebook on smaller models in a real browser: run all, limits dragged by keyboard, a row chosen, reload, both themes."""
 
-import labpage
 import pytest
 
 from llmlab.lab.advice_figures import advice_picture
 from llmlab.lab.advice_state import DEFAULTS, AdviceState
 
 pytestmark = pytest.mark.browser
+BOOK = {"name": "07_smaller_not_bigger.ipynb", "seconds": 400, "height": 3000}
 PANEL = ".llmlab-advice"
 START = dict(DEFAULTS)
-
-
-@pytest.fixture(scope="module")
-def book(lab, browser):
-    """The notebook, open, all of it run; what the console said is checked at the end."""
-    notebook = labpage.Notebook(browser, lab, "07_smaller_not_bigger.ipynb", 1400, 3000).open()
-    notebook.all_run(400)
-    yield notebook
-    notebook.page.close()
-    assert notebook.errors == []
 
 
 @pytest.fixture(scope="module")

@@ -3,26 +3,16 @@
 import json
 import statistics
 
-import labpage
 import pytest
 
 from llmlab.lab.cache_figures import memory_picture
 from llmlab.lab.cache_state import CacheState
 
 pytestmark = pytest.mark.browser
+BOOK = {"name": "04_attention_and_kv_cache.ipynb", "seconds": 300, "height": 2600}
 PANEL = ".llmlab-cache"
 START = {"model": "llama-3.1-8b", "context": 32768, "k": "f16", "v": "f16", "recent": 0, "sinks": 0, "card": "rtx-3060-12gb",
          "quant": None}
-
-
-@pytest.fixture(scope="module")
-def book(lab, browser):
-    """The notebook, open, all of it run; what the console said is checked at the end."""
-    notebook = labpage.Notebook(browser, lab, "04_attention_and_kv_cache.ipynb", 1400, 2600).open()
-    notebook.all_run(300)
-    yield notebook
-    notebook.page.close()
-    assert notebook.errors == []
 
 
 @pytest.fixture(autouse=True)

@@ -1,22 +1,18 @@
 """The notebook on compiling in a real page: ways measured while the kernel stays free, charts that follow, both themes."""
 
-import labpage
 import pytest
 
 pytestmark = pytest.mark.browser
+BOOK = {"name": "06_compile.ipynb", "seconds": 180}
 PANEL = ".llmlab-compile"
 
 
 @pytest.fixture(scope="module")
-def book(lab, browser):
-    """The notebook, open, all of it run; what the console said is checked at the end."""
-    notebook = labpage.Notebook(browser, lab, "06_compile.ipynb").open()
-    notebook.all_run(180)
-    notebook.show("CompileExplorer(context")
-    notebook.page.locator(f"{PANEL} .js-plotly-plot .main-svg .xtick text").first.wait_for(timeout=30_000)
-    yield notebook
-    notebook.page.close()
-    assert notebook.errors == []
+def book(book):
+    """Where the panel is."""
+    book.show("CompileExplorer(context")
+    book.page.locator(f"{PANEL} .js-plotly-plot .main-svg .xtick text").first.wait_for(timeout=30_000)
+    return book
 
 
 def test_every_cell_runs(book):

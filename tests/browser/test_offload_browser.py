@@ -3,7 +3,6 @@
 import json
 import statistics
 
-import labpage
 import pytest
 
 from llmlab.lab.offload_figures import tiers_picture
@@ -11,18 +10,9 @@ from llmlab.lab.offload_state import DEFAULTS, OffloadState
 from llmlab.units import GIB
 
 pytestmark = pytest.mark.browser
+BOOK = {"name": "03_offload.ipynb", "seconds": 400, "height": 3000}
 PANEL = ".llmlab-offload"
 START = dict(DEFAULTS)
-
-
-@pytest.fixture(scope="module")
-def book(lab, browser):
-    """The notebook, open, all of it run; what the console said is checked at the end."""
-    notebook = labpage.Notebook(browser, lab, "03_offload.ipynb", 1400, 3000).open()
-    notebook.all_run(400)
-    yield notebook
-    notebook.page.close()
-    assert notebook.errors == []
 
 
 @pytest.fixture(autouse=True)

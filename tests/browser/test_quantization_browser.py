@@ -3,25 +3,15 @@
 import json
 import statistics
 
-import labpage
 import pytest
 
 from llmlab.lab.quantization_figures import values_picture
 from llmlab.lab.quantization_state import QuantizationState
 
 pytestmark = pytest.mark.browser
+BOOK = {"name": "02_quantization.ipynb", "seconds": 180}
 PANEL = ".llmlab-quantization"
 START = {"tensor": "blk.0.attn_q.weight", "row": 0, "block": 0, "bits": 4, "block_size": 32, "minimum": False, "scale": "F16"}
-
-
-@pytest.fixture(scope="module")
-def book(lab, browser):
-    """The notebook, open, all of it run; what the console said is checked at the end."""
-    notebook = labpage.Notebook(browser, lab, "02_quantization.ipynb").open()
-    notebook.all_run(180)
-    yield notebook
-    notebook.page.close()
-    assert notebook.errors == []
 
 
 @pytest.fixture(autouse=True)

@@ -1,23 +1,13 @@
 """The notebook on serving in a real browser: run all, settings by keyboard, requests served, watched, stopped, both themes."""
 
-import labpage
 import pytest
 
 from llmlab.lab.serving_state import DEFAULTS, ServingState
 
 pytestmark = pytest.mark.browser
+BOOK = {"name": "05_serving.ipynb", "seconds": 400, "height": 3000}
 PANEL = ".llmlab-serving"
 START = dict(DEFAULTS)
-
-
-@pytest.fixture(scope="module")
-def book(lab, browser):
-    """The notebook, open, all of it run; what the console said is checked at the end."""
-    notebook = labpage.Notebook(browser, lab, "05_serving.ipynb", 1400, 3000).open()
-    notebook.all_run(400)
-    yield notebook
-    notebook.page.close()
-    assert notebook.errors == []
 
 
 @pytest.fixture(autouse=True)
