@@ -68,6 +68,15 @@ def test_llama_cpp_reads_the_line(which, engine, program):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("card", "task"), [("rtx-3060-12gb", "coding"), ("rtx-4060-8gb", "reasoning")])
+def test_llama_cpp_reads_every_recommended_line(card, task):
+    choices = list(llmlab.best(card, task=task))
+    assert len(choices) > 4
+    for choice in choices:
+        done = read(SERVER, words_of(choice.command("llama.cpp")))
+        assert done.returncode == 0, (choice.command("llama.cpp"), done.stderr)
+
+
 @pytest.mark.parametrize(("program", "words", "says"), [
     (SERVER, ["--no-such-option"], "invalid argument"), (SERVER, ["--ctx-size"], "expected value"),
     (CLI, ["--kv-unified"], "invalid argument"), (CLI, ["--server-base", "x"], ""), (SERVER, ["--server-base", "x"], "invalid"),
