@@ -277,6 +277,13 @@ def test_where_the_call_fails_the_local_answer_is_given(path, near, far, does, r
     assert rule.text == found.text and rule.decision.reason == reason
 
 
+def test_a_call_that_brings_no_words_leaves_the_local_answer(path, near, far):
+    far.always = answer("  ")
+    found = ask(made(near, far, price=(1, 2)))
+    assert found.text == alone(path, HELLO, 6) and "no words (stop)" in found.note
+    assert found.decision.where == "remote" and found.decision.cost == pytest.approx(20 / 1e6)       # it was asked, and paid
+
+
 def test_no_network_at_all(path, near, far, monkeypatch):
     gone = type(far)("http://127.0.0.1:9/v1")
     found = ask(made(near, gone))

@@ -196,9 +196,12 @@ class Router:
                             prompt_tokens=far.prompt_tokens if far else None,
                             completion_tokens=far.completion_tokens if far else None,
                             seconds=time.monotonic() - began, local_seconds=here, digest=digest_of(messages))
-        text = vault.restore(far.text) if far else reply.text
+        wordless = far is not None and reply is not None and not far.text.strip()      # calls of tools alone, a filter
+        text = vault.restore(far.text) if far and not wordless else reply.text
         unwritten = self._remember(decision, messages, text)
-        notes = ("" if far or reason == "sure" else f"answered here: {said}", unwritten)
+        notes = ("" if far or reason == "sure" else f"answered here: {said}",
+                 f"the call brought no words ({far.finish or 'no reason given'}); this is the local answer" if wordless else "",
+                 unwritten)
         return Routed(text, decision, "; ".join(filter(None, notes)))
 
     def _here(self, messages: list[dict], settings: dict) -> tuple[Reply | None, float, str]:
