@@ -9,6 +9,8 @@ from typing import Any
 from .dialects import HERMES, Dialect
 
 _ONE_VALUE = re.compile(r"<parameter=([\w.-]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_BARE = re.compile(r'(?:```(?:json|xml)?\s*)?(?=\{\s*"name")')     # a call without its marks, in a fence of code or not
+_BARE_HEADS = tuple(fence + '{"name"' for fence in ("", "```", "```json", "```xml"))
 _LONGEST_HEAD = 4096     # characters in which a call's name must have come to be told before its end
 
 
@@ -19,16 +21,19 @@ class Reader:
     A call's first delta has its index, id, type and name, those after it pieces of its arguments, as JSON text; what is not in
     the usual order, or no JSON (Qwen3-Coder's), comes whole in one delta. White space around calls is dropped. What looks like
     a call and is none, or is of a function nobody offered, is content. names: of the functions. schemas: of their arguments,
-    by name, for values that are not JSON. marks: {token: text} of special tokens that the answer's text is without.
+    by name, for values that are not JSON. marks: {token: text} of special tokens that the answer's text is without. strict:
+    else Hermes' calls may lack their marks where the answer begins with them, in a fence of code or not; Qwen2.5 Coder writes
+    them so, whatever its template says, and llama.cpp takes them.
     """
 
     def __init__(self, dialect: Dialect, names: Container[str], schemas: Mapping[str, Mapping] | None = None,
-                 marks: Mapping[int, str] | None = None):
+                 marks: Mapping[int, str] | None = None, strict: bool = False):
         self.calls: list[dict] = []
         self.content = ""
         self._dialect, self._names, self._schemas, self._marks = dialect, names, schemas or {}, marks or {}
         self._rest, self._deltas = "", []
-        self._do = self._text
+        self._do = self._first if dialect is HERMES and not strict else self._text
+        self._bare = False      # the call lacks its marks
         self._began, self._scan = "", _Scan()
         self._looked = 0        # letters of the rest that the scan has seen
 
@@ -56,6 +61,20 @@ class Reader:
         return told
 
     # ---- states: each reads what it can of the rest, and says whether there is more to be done ------------------------
+
+    def _first(self, last: bool) -> bool:
+        """Where a call without its marks may begin."""
+        text = self._rest.lstrip()
+        found = _BARE.match(text)
+        if found:
+            self._began = self._rest[:len(self._rest) - len(text)] + found[0]
+            self._rest, self._do, self._bare = text[found.end():], self._head, True
+            return True
+        begun = re.sub(r"\s", "", text)
+        if not last and any(head.startswith(begun) for head in _BARE_HEADS):
+            return False
+        self._do = self._text
+        return True
 
     def _text(self, last: bool) -> bool:
         if not self._dialect.opening:
@@ -130,6 +149,12 @@ class Reader:
     def _tail(self, last: bool) -> bool:
         """After a call's arguments: to its end."""
         dialect, text = self._dialect, self._rest
+        if self._bare:
+            found = re.match(r"\s*\}\s*(```\s*|(?=[^`\s]))", text)
+            if found or last:
+                self._rest, self._do, self._bare = text[found.end():] if found else "", self._first, False
+                return True
+            return False
         if dialect.listed:
             found = re.match(r"[^{}\[\]]*\}\s*(,|\])", text)
             if found:
@@ -197,7 +222,7 @@ class Reader:
     def _no_call(self) -> bool:
         """It is text after all: what it began with is said, and the rest read on."""
         self._say(self._began)
-        self._looked = 0
+        self._looked, self._bare = 0, False
         self._do = self._text if self._dialect.opening else self._plain
         return True
 

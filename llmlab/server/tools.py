@@ -203,7 +203,7 @@ def _found_out(words) -> Dialect | None:
         return None
     text = after[len(os.path.commonprefix([before, after])):]
     for dialect in ALL:
-        reader = Reader(dialect, {_PROBE}, {_PROBE: tool["function"]["parameters"]})
+        reader = Reader(dialect, {_PROBE}, {_PROBE: tool["function"]["parameters"]}, strict=True)
         reader.add(text)
         reader.end()
         if [json.loads(one["function"]["arguments"]) for one in reader.calls] == [{"key": "value"}]:
