@@ -179,4 +179,4 @@ def test_torch_comes_with_the_first_chat_only():
     code = ("import sys, llmlab.lab; assert 'torch' not in sys.modules and 'ChatPanel' in dir(llmlab.lab); "
             "llmlab.lab.Nothing")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert re.search("AttributeError: llmlab.lab has no 'Nothing'; it has CacheExplorer, ", done.stderr), done.stderr
+    assert re.search("AttributeError: llmlab.lab has no 'Nothing'; it has AdviceState, ", done.stderr), done.stderr
