@@ -5,7 +5,6 @@ Imports wait until a command needs them, so that an answer takes a fraction of a
 """
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -412,14 +411,8 @@ def _fits(a: argparse.Namespace, rest: list[str]) -> None:
 
 def _best(a: argparse.Namespace, rest: list[str]) -> None:
     from .advice import best
-    collecting = gc.isenabled()
-    gc.disable()                     # hundreds of graphs, none of them garbage: looking for some takes a sixth of the time
-    try:
-        found = best(_asked_cards(a.cards or None), a.task, a.context, a.min_speed, a.quality_floor, a.languages, a.license,
-                     host=a.host, setting=a.setting, models=a.model)
-    finally:
-        if collecting:
-            gc.enable()
+    found = best(_asked_cards(a.cards or None), a.task, a.context, a.min_speed, a.quality_floor, a.languages, a.license,
+                 host=a.host, setting=a.setting, models=a.model)
     if a.frontier:
         rows = found.frontier(a.frontier)
         return _show(found.table_of(rows), a.json)
