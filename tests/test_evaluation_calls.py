@@ -65,7 +65,9 @@ def test_what_a_model_says_is_judged(tmp_path, call, says, template):
 @pytest.mark.parametrize(("text", "expected", "says"), [
     ("It is sunny.", RIGHT, "no call"), ("It is sunny.", None, "rightly no call"), ("", None, "nothing said"),
     (f"<tool_call>\n{told('get_weather', {'city': 'Rome'})}\n</tool_call>", None, "a call where no tool fits"),
-    ("<tool_call> what? </tool_call>", None, "no call that parses"), (told("get_weather", {}), None, "no call that parses"),
+    ("<tool_call> what? </tool_call>", None, "no call that parses"),
+    (told("get_weather", {}), None, "a call where no tool fits"),                       # as servers read it: marks may lack
+    (f"```json\n{told(**RIGHT)}\n```", RIGHT, "right call"), (f"So: {told(**RIGHT)}", RIGHT, "no call that parses"),
     (f"Let me.\n<tool_call>\n{told(**RIGHT)}\n</tool_call>", RIGHT, "right call"),
     (f"<tool_call>\n{told(**RIGHT)}\n</tool_call><tool_call>\n{told('get_tides', {})}\n</tool_call>", RIGHT, "right call")])
 def test_words_and_calls(tmp_path, text, expected, says):
