@@ -17,9 +17,10 @@ import llmlab
 from llmlab import Endpoint, LabError, router
 from llmlab.endpoints import REASONS, Decision, Ledger, Log, Rule, recorded, recorded_curve, route_curve
 from llmlab.endpoints.allowing import Share
-from llmlab.endpoints.calibrating import calibrated, wilson
+from llmlab.endpoints.calibrating import calibrated
 from llmlab.endpoints.replies import Chance
 from llmlab.endpoints.signals import agreed, entropy
+from llmlab.intervals import wilson
 
 QUESTIONS = ("hello", "one two", "What is it?", "abc", "why not", "tell me more", "go on", "x y z", "and then", "stop it")
 

@@ -4,7 +4,7 @@ import pytest
 
 from llmlab.errors import UnknownName
 from llmlab.evaluation import recorded, recorded_table, records
-from llmlab.evaluation.intervals import wilson
+from llmlab.intervals import wilson
 
 HEAD = "model,quant,twice,task,items,n,right,share,low,high,chance,acc,logprob,tokens,seconds,how,date,torch,source\n"
 

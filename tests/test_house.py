@@ -14,7 +14,7 @@ PACKAGE = TOP / "llmlab"
 
 # Lowest first. A room may import from its own row and from those above it in this list.
 ROOMS = (
-    {"errors", "units", "places"},
+    {"errors", "units", "places", "intervals"},
     {"catalog"},
     {"formats", "gguf", "shapes", "architectures", "hf_config", "hub", "verified", "wheels",
      "stores", "sources"},

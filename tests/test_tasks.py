@@ -231,7 +231,7 @@ def test_what_was_measured_of_them_adds_up():
     """data/evaluations.csv: counts, shares and intervals follow from each other, and its rows are of the items as they are."""
     pytest.importorskip("torch")
     from llmlab.evaluation import read_items
-    from llmlab.evaluation.intervals import wilson
+    from llmlab.intervals import wilson
 
     with open(folder("data") / "evaluations.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import LabError
-
-_Z = 1.959964            # of a normal distribution, 95 %
+from ..intervals import wilson
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,3 @@ def calibrated(signals: Sequence[float], share: float) -> Calibration:
     threshold = known[-above - 1] if above < len(known) else -math.inf
     out = sum(one > threshold for one in known)
     return Calibration(threshold, out / len(known), *wilson(out, len(known)), tuple(signals))
-
-
-def wilson(found: int, of: int) -> tuple[float, float]:
-    """What a share may be when `found` of `of` were seen: Wilson's score interval, 95 %."""
-    share, squared = found / of, _Z * _Z
-    middle = (share + squared / (2 * of)) / (1 + squared / of)
-    half = _Z * math.sqrt(share * (1 - share) / of + squared / (4 * of * of)) / (1 + squared / of)
-    return max(middle - half, 0.0), min(middle + half, 1.0)

@@ -1,8 +1,8 @@
 """What a model gets right, measured on the spot: choices by log-likelihood, exact answers, function calls, needles.
 
 `evaluate(model, tokenizer, tasks)` gives an `Evaluation`; `.beside(other)` compares two on the same items, `Comparison`. Items
-are JSON lines, `read_items` is strict about them; `intervals` says what so few of them can show. `lm_eval_model` puts any of
-our models behind lm-eval-harness. `recorded` is what was measured of larger models once.
+are JSON lines, `read_items` is strict about them; `llmlab.intervals` says what so few of them can show. `lm_eval_model` puts
+any of our models behind lm-eval-harness. `recorded` is what was measured of larger models once.
 """
 
 from .items import Call, Choice, Exact, read_items, shipped

@@ -11,8 +11,8 @@ from pathlib import Path
 from ..catalog import Table
 from ..errors import BadFile
 from ..gguf.words import show_path
+from ..intervals import wilson
 from ..quality.remembered import write_whole
-from .intervals import wilson
 from .pairing import Comparison, paired
 
 _FORM = 1

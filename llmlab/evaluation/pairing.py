@@ -12,8 +12,8 @@ import numpy as np
 
 from ..catalog import Table
 from ..errors import LabError
+from ..intervals import LEVEL, least_shown, mcnemar, tango
 from ..quality.statistics import Estimate, mean
-from .intervals import LEVEL, least_shown, mcnemar, tango
 
 if TYPE_CHECKING:
     from .outcomes import Outcome

@@ -7,7 +7,7 @@ from math import comb, log, sqrt
 import numpy as np
 import pytest
 
-from llmlab.evaluation.intervals import Z, least_shown, mcnemar, tango, wilson
+from llmlab.intervals import Z, least_shown, mcnemar, tango, wilson
 
 
 @pytest.mark.parametrize(("right", "n", "low", "high"), [     # Newcombe, Stat. Med. 17 (1998) 857, table I, method 3
