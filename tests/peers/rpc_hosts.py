@@ -2,11 +2,12 @@
 
 Where this process may not make namespaces (or there is no `ip`), the servers listen on loopback behind a proxy that counts.
 Counted is what TCP carries: of a namespace's interface, its bytes less the 66 of headers of each packet (Ethernet, IPv4, TCP
-with timestamps).
+with timestamps), and less what TCP sent once more, as it does for packets that were lost or seemed so.
 """
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -23,7 +24,7 @@ PORT = 50052
 
 def namespaces() -> bool:
     """Whether network namespaces and the cables between them can be made here."""
-    if not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
+    if not all(map(shutil.which, ("ip", "ss", "unshare", "nsenter"))):
         return False
     make = "ip link add name near0 type veth peer name far0 && ip link set near0 up && nsenter -t $$ -n true"
     return subprocess.run(["unshare", "-n", "sh", "-c", make], capture_output=True).returncode == 0
@@ -123,12 +124,12 @@ def hosts(workers: int, model: Path, context: int, shares: str = "1,1", apart: b
 def _in_namespaces(stack: ExitStack, workers: int, words: list[str], cache: list[str]) -> Head:
     client = Program(stack, True, "rpc_client.py", *words, *(f"10.0.{i}.2:{PORT}" for i in range(workers)))
     head = client.process.pid
-    cables = []
-    quiet = "echo 0 > /proc/sys/net/ipv4/tcp_early_retrans"       # no probes sent twice while a worker computes
-    subprocess.run(["nsenter", "-t", str(head), "-n", "sh", "-c", quiet], capture_output=True)
+    cables, workers_at = [], []
+    _quiet(head)
     for i in range(workers):
         server = Program(stack, True, "rpc_server.py", f"10.0.{i}.2:{PORT}", *cache)
         worker = server.process.pid
+        _quiet(worker)
         subprocess.run(["ip", "link", "add", "name", f"worker{i}", "netns", str(head), "type", "veth",
                         "peer", "name", "head", "netns", str(worker)], check=True)
         for pid, name, address in ((head, f"worker{i}", f"10.0.{i}.1/24"), (worker, "head", f"10.0.{i}.2/24")):
@@ -136,18 +137,33 @@ def _in_namespaces(stack: ExitStack, workers: int, words: list[str], cache: list
             subprocess.run([*inside, "link", "set", name, "addrgenmode", "none", "up"], check=True)
             subprocess.run([*inside, "addr", "add", address, "dev", name], check=True)
             cables.append((pid, name))
+        workers_at.append(worker)
         server.say("go")
         _wait_for(["nsenter", "-t", str(worker), "-n"], PORT)
 
     def counters() -> list[tuple[int, int]]:
         rows = dict(line.split(":") for line in Path(f"/proc/{head}/net/dev").read_text().splitlines() if ":" in line)
         found = []
-        for i in range(workers):
+        for i, worker in enumerate(workers_at):
             numbers = [int(word) for word in {name.strip(): row for name, row in rows.items()}[f"worker{i}"].split()]
-            found.append((numbers[8] - HEADERS * numbers[9], numbers[0] - HEADERS * numbers[1]))
+            found.append((numbers[8] - HEADERS * numbers[9] - _again(head, f"10.0.{i}.2"),
+                          numbers[0] - HEADERS * numbers[1] - _again(worker, f"10.0.{i}.1")))
         return found
 
     return Head(client, counters, cables)
+
+
+def _quiet(process: int) -> None:
+    """No probes sent twice while the other end computes, no headers that grow where a packet was lost."""
+    less = "cd /proc/sys/net/ipv4 && echo 0 > tcp_early_retrans; echo 0 > tcp_sack"
+    subprocess.run(["nsenter", "-t", str(process), "-n", "sh", "-c", less], capture_output=True)
+
+
+def _again(process: int, peer: str) -> int:
+    """Bytes that open connections from this namespace to a peer sent more than once."""
+    inside = ["nsenter", "-t", str(process), "-n", "ss", "--no-header", "--tcp", "--info", "dst", peer]
+    found = subprocess.run(inside, check=True, capture_output=True, text=True).stdout
+    return sum(map(int, re.findall(r"bytes_retrans:(\d+)", found)))
 
 
 def _behind_proxies(stack: ExitStack, workers: int, words: list[str], cache: list[str]) -> Head:
