@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import pickle
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,8 @@ from ..units import format_seconds
 from .backends import Backend, backend_of
 from .contents import key_of, name_of
 from .keeping import Kept
-from .travelling import Done, by_value, called, line_of, packed, plainly
+from .plain import decoded
+from .travelling import Done, by_value, called, line_of, packed
 
 __all__ = ["Failure", "Sweep", "sweep"]
 
@@ -104,8 +104,9 @@ def sweep(function: Callable, grid: Mapping[str, Sequence] | Sequence[Mapping], 
         backend: joblib's: "loky" (processes here) where None, "threading", "dask" (the `Client` that is open) or "ray" (what
             `ray.init` connected to). The last two come with `pip install llmlab[cluster]`. A function of your own module or
             notebook travels there with all it reads; libraries, and files, must be there.
-        folder: where results are kept, a file a point, pickled; LLMLAB's cache, sweeps/NAME, where None. Written by this
-            process alone, as each result arrives: workers need no common disk.
+        folder: where results are kept, a file a point (`plain` says what may be: numbers, texts, arrays, dataclasses of them);
+            LLMLAB's cache, sweeps/NAME, where None. Written by this process alone, as each result arrives: workers need no
+            common disk.
         name: of that folder, and of the progress bar; the function's where None.
         key: stands for the function where its content cannot be told or should not count, and for whatever else a result
             depends on. A result is found again where the function (its compiled code, what it closes over and reads, the
@@ -159,8 +160,8 @@ class _Run:
         for key in dict.fromkeys(self.keys):
             try:
                 if (got := self.kept.get(key)) is not None:
-                    self.values[key] = pickle.loads(got[1])
-            except Exception as error:                   # whatever damaged or foreign bytes do to pickle
+                    self.values[key] = decoded(got[1])
+            except Exception as error:                   # whatever damaged or foreign bytes do
                 self.damaged.append(f"{show_path(str(self.kept.path(key)))} could not be used ({line_of(error)[:100]}) and was "
                                     "computed again")
         self.found = sum(key in self.values for key in self.keys)
@@ -184,15 +185,14 @@ class _Run:
         error, lines = done.error, done.traceback
         if done.returned is not None:
             try:
-                value = pickle.loads(done.returned)      # in this process too: what is found again is no other
-                pickled = plainly(value)
+                value = decoded(done.returned)           # in this process too: what is found again is no other
             except Exception as unkept:
                 error = f"what it returned cannot be kept: {line_of(unkept)}"
         if error:
             self.failed[key] = error, lines
             self.kept.put_failure(key, f"{_shown(self.points[self.keys.index(key)])}\n{error}\n\n{lines}")
         else:
-            self.kept.put(key, done.seconds, pickled)
+            self.kept.put(key, done.seconds, done.returned)
             self.values[key] = value
         return error
 

@@ -1,7 +1,4 @@
-"""Results in a folder, one file a point, whole or not there; failures beside them, as text.
-
-A result is pickled: open folders of results only from whom you would run code from.
-"""
+"""Results in a folder, one file a point, whole or not there; failures beside them, as text."""
 
 import hashlib
 import os
@@ -12,7 +9,7 @@ from pathlib import Path
 from ..errors import LabError
 from ..gguf.words import show_path
 
-_HEAD = b"llmlab result 1\n"
+_HEAD = b"llmlab result 2\n"
 _SECONDS = struct.Struct("<d")
 
 
@@ -30,7 +27,7 @@ class Kept:
         return self.folder / f"{key}.result"
 
     def get(self, key: str) -> tuple[float, bytes] | None:
-        """(seconds it took, pickled result), None where there is none. Raises ValueError for a damaged file."""
+        """(seconds it took, result), None where there is none. Raises ValueError for a damaged file."""
         try:
             data = self.path(key).read_bytes()
         except FileNotFoundError:
@@ -42,9 +39,9 @@ class Kept:
             raise ValueError("it is cut off or was changed")
         return _SECONDS.unpack_from(body)[0], body[_SECONDS.size:]
 
-    def put(self, key: str, seconds: float, pickled: bytes) -> None:
+    def put(self, key: str, seconds: float, result: bytes) -> None:
         """Raises LabError where the file cannot be written."""
-        body = _SECONDS.pack(seconds) + pickled
+        body = _SECONDS.pack(seconds) + result
         self._write(self.path(key), _HEAD + hashlib.sha256(body).digest() + body)
         self.path(key).with_suffix(".failure").unlink(missing_ok=True)
 

@@ -6,7 +6,6 @@ To a cluster a module of your own travels as it is (by value); libraries, llmlab
 import functools
 import io
 import os
-import pickle
 import platform
 import sys
 import time
@@ -18,13 +17,14 @@ from dataclasses import dataclass
 import cloudpickle
 
 from .contents import is_own
+from .plain import encoded
 
 _CACHED = type(functools.lru_cache(len))
 
 
 @dataclass(frozen=True)
 class Done:
-    """A call that has ended: what it returned, pickled, or why there is nothing."""
+    """A call that has ended: what it returned, as `plain.encoded` has it, or why there is nothing."""
 
     seconds: float
     worker: str
@@ -52,14 +52,6 @@ def packed(value: object) -> bytes:
     file = io.BytesIO()
     _Pickler(file).dump(value)
     return file.getvalue()
-
-
-def plainly(value: object) -> bytes:
-    """Pickled for a file: classes by their names, so that they are the same ones later; by value where that cannot be."""
-    try:
-        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-    except Exception:
-        return packed(value)
 
 
 @contextmanager
@@ -93,7 +85,7 @@ def called(key: str, function: bytes | Callable, point: bytes | dict) -> tuple[s
         given = cloudpickle.loads(point) if apart else point
         value = (_unpacked(function) if apart else function)(**given)
         took = time.perf_counter() - began
-        return key, Done(took, worker, packed(value) if apart else plainly(value))
+        return key, Done(took, worker, encoded(value))
     except (Exception, SystemExit) as error:
         lines = traceback.format_exception(error)
         return key, Done(time.perf_counter() - began, worker, None, line_of(error), "".join(lines))
