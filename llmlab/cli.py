@@ -161,7 +161,8 @@ def _add_best(commands) -> None:
     one.add_argument("--quality-floor", metavar="SCORE", help="least score to expect, in the points of the setting")
     one.add_argument("--languages", metavar="LIST", help="that it was made for: ru, or English,Russian")
     one.add_argument("--license", metavar="NAME", help="how it begins: Apache, Llama; 'open': Apache-2.0 or MIT")
-    one.add_argument("--host", help="RAM, like '64 GiB' (default: this computer's, or 32 GiB beside a card that is only named)")
+    one.add_argument("--host", help="RAM, like '64 GiB' (default: this computer's, or 32 GiB beside a card that is only named "
+                     "and has memory of its own)")
     one.add_argument("--setting", metavar="WORDS", help="rank by the scores whose benchmark, way or source has these words")
     one.add_argument("--model", action="append", metavar="NAME", help="only this model (again for several)")
     one.add_argument("--frontier", metavar="AGAINST", help="GiB or speed: only what nothing beats in both that and quality")
@@ -415,7 +416,7 @@ def _best(a: argparse.Namespace, rest: list[str]) -> None:
                  host=a.host, setting=a.setting, models=a.model)
     if a.frontier:
         rows = found.frontier(a.frontier)
-        return _show(found.table_of(rows), a.json)
+        return _show(found.table_of(rows), a.json) if a.json or rows else print(found.answer)
     if a.json:
         return _print_json(found.to_dict())
     print(found.answer)

@@ -93,6 +93,15 @@ class Report:
         return len(self.spec.layers) + 1
 
     @property
+    def lent(self) -> tuple[Device, ...]:
+        """The cards' devices; of a chip that shares its RAM without what the system keeps from it: no need of the model's."""
+        devices = []
+        for i, card in enumerate(self.cards):
+            d, kept = self.devices[f"gpu{i}"], card.reserved[1] if card.unified and card.free is None else 0
+            devices.append(replace(d, used=d.used - kept, low=d.low - kept, high=d.high - kept, free=d.free - kept))
+        return tuple(devices)
+
+    @property
     def beyond_training(self) -> int:
         """Tokens of a sequence's context beyond what the model was trained for (llama.cpp's n_ctx_train); 0: none."""
         trained = self.spec.context_train

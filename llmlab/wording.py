@@ -1,6 +1,6 @@
 """A report in words: the answer, how far to trust it, what would fit instead, how fast."""
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .errors import LabError
@@ -27,13 +27,13 @@ def answer(r: "Report") -> str:
         return (f"{what} {_SAYS[r.verdict]} {'' if r.fits else 'in '}{where}: it needs {format_bytes(host.needed)}{more}."
                 f"{_beyond(r)}")
     names = _listed([card.name for card in r.cards])
-    host, cards = r.devices["host"], _lent(r)
+    host, cards = r.devices["host"], r.lent
     if not r.partial and host.verdict == "does not fit" and all(d.verdict != "does not fit" for d in cards):
         return (f"{what} does not fit the RAM beside {names}: {format_bytes(host.needed)} of {format_bytes(host.free)} there, "
                 f"{r.gpu_layers} of {r.layers} layers on the card{_s(r)}.{_beyond(r)}")
     if r.partial:
         whole = r.whole
-        need = _lent(whole)
+        need = whole.lent
         text = (f"{what} does not fit {names}: it needs {format_bytes(sum(d.used for d in need))}, and there are "
                 f"{format_bytes(sum(d.free for d in need))}.")
         if host.verdict == "does not fit":
@@ -55,26 +55,17 @@ def answer(r: "Report") -> str:
     return f"{text}.{_pool(r)}{_held_by_others(r)}{_beyond(r)}"
 
 
-def _lent(r: "Report") -> "list[Device]":
-    """The cards; of a chip that shares its RAM without what the system keeps from it, which is no need of the model's."""
-    devices = []
-    for i, card in enumerate(r.cards):
-        d, kept = r.devices[f"gpu{i}"], card.reserved[1] if card.unified and card.free is None else 0
-        devices.append(replace(d, used=d.used - kept, low=d.low - kept, high=d.high - kept, free=d.free - kept) if kept else d)
-    return devices
-
-
 def _blocks(n: int) -> str:
     return f"{n} block{'s' if n != 1 else ''}"
 
 
-def _range(cards: "list[Device]") -> str:
+def _range(cards: "Sequence[Device]") -> str:
     """The range of the card on which it is closest."""
     d = max((d for d in cards if d.verdict == "may spill"), key=lambda d: d.high - d.free, default=None)
     return f", between {format_bytes(d.low)} and {format_bytes(d.high)}" if d else ""
 
 
-def _where_it_is_lent(r: "Report", cards: "list[Device]") -> str:
+def _where_it_is_lent(r: "Report", cards: "Sequence[Device]") -> str:
     """What a chip must be lent of the RAM it shares, where that alone decides."""
     spills = [(card, d) for card, d in zip(r.cards, cards, strict=True) if d.verdict == "may spill"]
     kept = [(card.reserved, d) for card, d in spills if card.unified and card.free is None]
@@ -84,7 +75,7 @@ def _where_it_is_lent(r: "Report", cards: "list[Device]") -> str:
     return f"; it fits where the system lets the card have {format_bytes(most)}"
 
 
-def _why_it_may_spill(r: "Report", cards: "list[Device]") -> str:
+def _why_it_may_spill(r: "Report", cards: "Sequence[Device]") -> str:
     """What decides, where it can be named: a desktop on the card; other programs are named apart."""
     spills = [(card, d) for card, d in zip(r.cards, cards, strict=True) if d.verdict == "may spill"]
     shown = [desktop(card, r.settings.display) for card, _ in spills]
@@ -123,7 +114,7 @@ def _held_by_others(r: "Report") -> str:
     return f" Other programs hold {format_bytes(held)} of the card{_s(r)} now{'; without them it fits' if more else ''}."
 
 
-def _sum(cards: "list[Device]") -> str:
+def _sum(cards: "Sequence[Device]") -> str:
     """What the cards hold of what they have; of several also the fullest."""
     text = f"{format_bytes(sum(d.used for d in cards))} of {format_bytes(sum(d.free for d in cards))}"
     if len(cards) > 1:

@@ -73,6 +73,8 @@ def test_tables_of_one_report_are_one_setting_and_so_are_votes():
     assert arena.known == 37 and arena.date == "2025-08-06" and arena.scores["gemma-3-12b"] == (1326, 1335, 1344)
     thinking = setting_of("tools", "qwen3 thinking")
     assert thinking.said == "thinking" and thinking.scores["qwen3-8b"] == (68.1, 68.1, 68.1)
+    functions = setting_of("tools", "BFCL paper FC")                  # what a model was made for is no way to run it
+    assert functions.said == "overall, paper 2025, FC" and len(functions.scores) == 20
     assert setting_of("coding", "EvalPlus").scores["deepseek-coder-6.7b"][1] == 74.4
     assert {setting_of(task).base for task in TASKS} == {False}
 
@@ -227,7 +229,9 @@ def test_unknown_is_not_zero():
     assert {"qwen2.5-coder-7b", "qwen3-8b"} <= {one.model for one in found.unknown}
     assert "qwen2.5-coder-7b" not in {c.model for c in found.choices}
     [ahead] = [one for one in found.comparisons if (one.model, one.setting.benchmark.name) == ("qwen2.5-coder-7b", "HumanEval")]
-    assert ahead.better and ahead.scores == (88.4, 84.8) and "Qwen2.5 Coder 7B 88.4 to Qwen2.5 7B's 84.8" in found.answer
+    assert ahead.scores == (88.4, 84.8) and ahead.ahead == "higher, within chance"            # 7.4 points apart would be more
+    assert "Not scored there; elsewhere higher, within chance: Qwen2.5 Coder 7B 88.4 to Qwen2.5 7B's 84.8" in found.answer
+    assert {one.ahead for one in found.comparisons} == {"higher, within chance", "higher, chance not counted"}
 
 
 def test_reasons_name_the_score_the_loss_and_the_limits():
@@ -264,6 +268,27 @@ def test_commands_run_what_was_chosen():
         assert "ollama run" in c.command("ollama")
 
 
+def test_commands_get_what_the_scores_are_of():
+    base = llmlab.best("rtx-3060-12gb", setting="Mistral AI run")
+    assert base.setting.base and base.best.repository == "mistralai/Mistral-7B-v0.1"
+    for task in TASKS:
+        for setting in settings_of(task):
+            for name in setting.scores.keys() & {"llama-3-8b", "gemma-2-9b", "code-llama-7b", "mistral-7b"}:
+                [*_, repository] = [c.repository for c in llmlab.best("rtx-3060-12gb", task, 4096, setting=setting,
+                                                                      models=[name]).choices[:1]] or [""]
+                taught = {"instruct", "chat", "it"} & {*repository.casefold().split("/")[-1].split("-")}
+                others = [alias for alias in catalog.entry(name).aliases if "/" in alias]
+                assert not repository or not others or bool(taught) is not setting.base
+
+
+def test_a_matrix_that_takes_more_memory_than_there_is_says_so():
+    found = llmlab.best("rtx-3060-12gb", models=["qwen2.5-32b"], min_speed=0)
+    matrix = [c for c in found.choices if c.report.settings.importance]
+    assert matrix and all("# takes 61 GiB of RAM" in c.get for c in matrix)
+    small = llmlab.best("rtx-3060-12gb", models=["qwen2.5-3b"], min_speed=0)
+    assert all("# takes" not in c.get for c in small.choices)
+
+
 def test_what_llmlab_does_not_convert_llama_cpp_does():
     from llmlab.advice.answer import CONVERTED
     from llmlab.converting.origins import KNOWN
@@ -290,6 +315,7 @@ def test_nothing_fits_is_no_error_and_says_the_least_that_would():
     ({"quality_floor": True}, "quality_floor"), ({"context": 0}, "context"), ({"languages": "russain"}, "did you mean russian"),
     ({"license": "apahce-2.0"}, "did you mean Apache-2.0"), ({"license": 3}, "license is 3"),
     ({"setting": "no such words"}, "no scores for coding say"), ({"setting": 5}, "setting is 5"),
+    ({"setting": "!!!"}, "setting is '!!!'"), ({"setting": settings_of("chat")[0]}, "which is not of coding"),
     ({"models": []}, "models is"), ({"models": 5}, "models is"), ({"models": ["qwen2.5-7"]}, "did you mean"),
     ({"host": "much"}, "much")])
 def test_wrong_questions_are_one_clear_line(wrong, says):
@@ -303,6 +329,45 @@ def test_a_card_nobody_knows():
         llmlab.best("rtx-3061-12gb", models=FEW[:1])
 
 
+def test_what_is_not_scored_is_not_the_least_that_would_do():
+    only = llmlab.best("rtx-3060-12gb", models=["gpt-oss-20b", "qwen3-4b"])
+    assert not any(only.refused.values()) and "it scores none of those looked at. 2 that it does not score fit" in only.answer
+    long = llmlab.best("rtx-3060-12gb", context=200000)
+    assert long.unknown and "quickest" not in long.answer and f"{long.refused['context']} fail by context" in long.answer
+    quick = llmlab.best("rtx-3060-12gb", min_speed=10000)
+    assert [one.entry.id in quick.setting.scores for one in quick.near if one.entry.name in quick.answer][0]
+    small = llmlab.best("none", host="300 MiB")
+    assert "the smallest is Qwen2.5 0.5B in IQ1_S" in small.answer and small.unknown
+    alone = llmlab.best("rtx-3060-12gb", models=["qwen3-4b"], min_speed=5000)
+    assert "the quickest of those it does not score that fits is Qwen3 4B" in alone.answer
+    large = llmlab.best("gtx-1060-6gb", models=["qwen3-32b"], host="4 GiB")
+    assert "the smallest of those it does not score is Qwen3 32B" in large.answer
+
+
+def test_nothing_is_refused_for_speed_where_none_is_asked():
+    for ram in ("8 GiB", "16 GiB"):
+        found = llmlab.best("rtx-3060-12gb", host=ram, min_speed=0)
+        assert found.refused["speed"] == 0 and found.refused["memory"]
+
+
+@pytest.mark.parametrize("card", ["rtx-3060-12gb", "gtx-1060-6gb"])
+def test_what_would_change_a_choice_does(card):
+    """Of what lies partly on the card less there makes it slower, or takes it out; what is all there no longer is."""
+    found, gpu = asked(card, min_speed=2), catalog.gpu(card)
+    whole = partly = 0
+    for c in found.leaders:
+        spare = min(d.free - d.high + d.returned for name, d in c.report.devices.items() if name != "host")
+        less = llmlab.best(replace(gpu, memory=gpu.memory - spare - 48 * 2**20), models=[c.model], min_speed=2)
+        left = [one for one in less.choices if (one.quant, one.kv) == (c.quant, c.kv)]
+        if c.placement.startswith("all"):
+            assert "no longer all there with" in c.changes and all(not one.placement.startswith("all") for one in left)
+            whole += 1
+        else:
+            assert "slower with" in c.changes and "less RAM" in c.changes and all(one.decode < c.decode for one in left)
+            partly += bool(left)
+    assert whole and (partly or card != "rtx-3060-12gb")
+
+
 # ---- languages and licences -----------------------------------------------------------------------------------------
 
 def test_languages_are_named_counted_or_absent():
@@ -312,6 +377,14 @@ def test_languages_are_named_counted_or_absent():
     assert speaks(catalog.entry("qwen3-8b"), ["ru"]) is None          # 119, which ones is not said
     assert speaks(catalog.entry("granite-4.0-micro"), ["ru"]) is False and speaks(catalog.entry("llama-2-7b"), ["en"]) is True
     assert speaks(catalog.entry("deepseek-coder-6.7b"), ["de"]) is False   # 87 languages to program in
+    assert all(speaks(entry, ["en"]) is not False for entry in catalog.entries().values())
+
+
+def test_a_language_that_is_only_counted_is_said():
+    found = asked(languages="fi")
+    assert found.choices and all("Finnish taken to be among its " in c.why for c in found.choices)
+    assert all("Finnish taken to be among its " in repr(one) for one in found.unknown) and "Finnish taken to be" in found.answer
+    assert all("taken to be" not in c.why for c in asked(languages="en").choices)
 
 
 def test_licences_begin_so():
@@ -327,9 +400,21 @@ def test_without_a_card_and_on_several():
     alone = llmlab.best(None, host="16 GiB", min_speed=1, models=FEW[:3])
     assert {c.placement for c in alone.choices} == {"in RAM"} and "16 GiB of RAM" in alone.answer
     two = llmlab.best(["rtx-3060-12gb"] * 2, models=["qwen2.5-32b"])
-    assert two.best.placement == "all on the cards" and "out with" in two.best.changes
+    assert two.best.placement == "all on the cards" and "no longer all there with" in two.best.changes
     here = llmlab.best(llmlab.machine(), models=["qwen2.5-0.5b"], min_speed=0)
     assert here.best.report.machine.name == llmlab.machine().name and here.host
+
+
+@pytest.mark.parametrize(("card", "gib"), [("dgx-spark-gb10-128gb", 128), ("apple-m2-ultra-76c", 128), ("radeon-780m-igpu", 32),
+                                           ("jetson-orin-nano-4gb", 4)])
+def test_a_chip_that_shares_its_memory_has_what_it_is_sold_with(card, gib):
+    found = llmlab.best(card, min_speed=1, models=FEW)
+    assert f"{gib} GiB of memory" in found.answer and "of RAM" not in found.answer.split(" take ")[0]
+    assert keys(found) == keys(llmlab.best(card, min_speed=1, models=FEW, host=f"{gib} GiB"))
+    for c in found.leaders:
+        beside = fit(c.report.spec, "rtx-3090-24gb", **{**c.report.settings.__dict__, "gpu_layers": "auto"})
+        assert c.bytes < beside.total("weights") + beside.total("kv_cache") + 4 * GIB            # the system's share is not its
+    assert "128 GiB" not in llmlab.best(card, min_speed=1, models=FEW, host="3 GiB").answer
 
 
 def test_experts_go_to_ram_where_the_card_is_small():
@@ -350,6 +435,10 @@ def test_from_a_shell(capsys):
     assert found["choices"][0]["command"].startswith(("llama-server", "#")) and set(found["frontiers"]) == {"GiB", "speed"}
     assert cli.main(["best", "rtx-3060-12gb", "--frontier", "speed", *only]) == 0
     assert capsys.readouterr().out.startswith("model")
+    assert cli.main(["best", "rtx-3060-12gb", "--frontier", "GiB", "--quality-floor", "99", *only]) == 0
+    assert "the best to expect is" in capsys.readouterr().out
+    assert cli.main(["best", "rtx-3060-12gb", "--license", "Apache,MIT", *only]) == 0
+    assert capsys.readouterr().out.startswith("For coding")
     assert cli.main(["best", "rtx-3060-12gb", "--task", "cooking"]) == 2
     assert capsys.readouterr().err.startswith("llmlab: no task called 'cooking'")
 

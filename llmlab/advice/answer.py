@@ -1,9 +1,10 @@
 """What llmlab.best answers with: ranked choices, each with its reason and what would change it; what is unknown, what failed.
 
-Ranked by the score to expect, in whole steps (one point of a hundred): nearer than that, the quicker one comes first, then the
-smaller. The order of two choices depends on nothing but the two.
+Ranked by the score to expect, rounded to whole steps (one point of a hundred): within a step the quicker one comes first, then
+the smaller. The order of two choices depends on nothing but the two.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +13,8 @@ from .. import catalog
 from ..catalog import Entry, Gpu
 from ..errors import LabError, UnknownName
 from ..exports import Command
-from ..fitting import Report
+from ..fitting import Report, left_to_models
+from ..memory import weights
 from ..units import GIB, format_bytes
 from .configurations import decode, held, placement
 from .published import Band, Setting
@@ -40,7 +42,8 @@ class Choice:
     """A model in a quant, a cache and a placement that keeps to every limit. Bands are low, usual, high.
 
     `published`: the score in `setting`, with its 95 % interval; `quality`: what is left of it in this quant and cache; `lost`:
-    the points they cost. `why` it is here and what `changes` its place, a line each.
+    the points they cost. `unnamed`: languages asked for that its maker only counts. `why` it is here and what `changes` its
+    place, a line each.
     """
 
     entry: Entry
@@ -49,6 +52,7 @@ class Choice:
     published: Band
     quality: Band
     lost: Band
+    unnamed: str = ""
     why: str = ""
     changes: str = ""
 
@@ -96,10 +100,11 @@ class Choice:
 
     @property
     def repository(self) -> str:
-        """The checkpoint on the hub: the one that was taught to follow instructions, where the scores are of that."""
+        """The checkpoint on the hub: the one that was taught to follow instructions, or, where the scores are of models before
+        that, the one that was not; the catalogue's first where it knows no such."""
         names = (self.entry.hub_id, *(alias for alias in self.entry.aliases if "/" in alias))
-        taught = [name for name in names if {"instruct", "chat", "it"} & {*name.casefold().split("/")[-1].split("-")}]
-        return taught[0] if taught and not self.setting.base else names[0]
+        alike = [name for name in names if _taught(name) is not self.setting.base]
+        return alike[0] if alike else names[0]
 
     @property
     def get(self) -> str:
@@ -109,6 +114,9 @@ class Choice:
         matrix = self.report.settings.importance
         lines = [f"llmlab fetch {self.repository} --folder {folder}"]
         if self.entry.config.get("model_type") in CONVERTED:
+            full = weights(spec, spec.dtype).padded
+            if matrix and self.report.host and full > left_to_models(self.report.host):
+                lines.append(f"# takes {format_bytes(full, 0)} of RAM; an imatrix.gguf that others made of it does as well")
             lines += [f"llmlab importance {folder} --out imatrix.gguf"] * matrix
             lines.append(f"llmlab quantize {folder} {file} {self.quant}{' --importance imatrix.gguf' * matrix}")
         elif self.quant == spec.published:
@@ -138,6 +146,11 @@ class Choice:
         return f"<{self.model} {self.quant}: {self.why}>"
 
 
+def _taught(name: str) -> bool:
+    """Whether a checkpoint follows instructions, by its name."""
+    return bool({"instruct", "chat", "it"} & {*name.casefold().split("/")[-1].split("-")})
+
+
 def file_of(command: Command) -> str:
     """The GGUF that a llama.cpp command loads."""
     words = command.text.split()
@@ -146,13 +159,14 @@ def file_of(command: Command) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Unknown:
-    """A model that keeps to every limit and that the setting does not score: in its most faithful quant that does.
-    `elsewhere`: the task's settings that do score it."""
+    """A model that keeps to every limit but the score asked, and that the setting does not score: in its most faithful quant
+    that does. `elsewhere`: the task's settings that do score it; `unnamed`: as of a Choice."""
 
     entry: Entry
     report: Report
     setting: Setting
     elsewhere: tuple[Setting, ...]
+    unnamed: str = ""
 
     @property
     def model(self) -> str:
@@ -169,7 +183,8 @@ class Unknown:
 
     def __repr__(self) -> str:
         scores = "".join(f", {points(s.scores[self.model][1])} in {s.name}" for s in self.elsewhere[:3])
-        return f"<{self.model} {self.report.settings.quant}: not scored in {self.setting.name}{scores}>"
+        said = f"; {self.unnamed}" if self.unnamed else ""
+        return f"<{self.model} {self.report.settings.quant}: not scored in {self.setting.name}{scores}{said}>"
 
 
 @dataclass(frozen=True)
@@ -185,8 +200,14 @@ class Beside:
         return self.setting.scores[self.model][1], self.setting.scores[self.other][1]
 
     @property
-    def better(self) -> bool:
-        return self.scores[0] > self.scores[1]
+    def ahead(self) -> str:
+        """Whether the first has the higher score, and by more than chance (95 % of both): "ahead", "higher, within chance",
+        "higher, chance not counted" where the setting has no intervals; "" where it has not."""
+        (low, one, high), (least, other, most) = (self.setting.scores[name] for name in (self.model, self.other))
+        chance = math.hypot(high - low, most - least) / 2
+        if one <= other:
+            return ""
+        return "higher, chance not counted" if not chance else "ahead" if one - other > chance else "higher, within chance"
 
     def __str__(self) -> str:
         (first, second), names = self.scores, catalog.entries()
@@ -222,7 +243,8 @@ def _why(c: Choice) -> str:
     speed = f"{pace(c.decode)} tokens/s" if c.decode else "speed not known"
     in_ram = c.report.devices["host"].needed
     ram = f" ({format_bytes(in_ram, 1)} in RAM)" if c.report.cards and not c.placement.startswith("all") else ""
-    return f"{scored}; {speed}; {format_bytes(c.bytes, 1)}, {c.placement}{ram}"
+    said = f"; {c.unnamed}" if c.unnamed else ""
+    return f"{scored}; {speed}; {format_bytes(c.bytes, 1)}, {c.placement}{ram}{said}"
 
 
 def _changes(c: Choice, leaders: Sequence[Choice]) -> str:
@@ -235,9 +257,13 @@ def _changes(c: Choice, leaders: Sequence[Choice]) -> str:
         said.append(f"within the uncertainty of {', '.join(names)}{more}")
     if c.decode:
         said.append(f"out above {pace(c.decode)} tokens/s asked")
-    spare = [d.free - d.high + d.returned for d in c.report.devices.values() if d.capacity]
+    spare = {name: max(d.free - d.high + d.returned, 0) for name, d in c.report.devices.items() if d.capacity}
+    ram, whole = spare.pop("host", None), c.placement.startswith("all")
     if spare:
-        said.append(f"out with {format_bytes(max(min(spare), 0), 1)} less memory")
+        least = format_bytes(min(spare.values()), 1)
+        said.append(f"{'no longer all there' if whole else 'slower'} with {least} less on the card{'s'[:len(spare) - 1]}")
+    if ram is not None and not (spare and whole):
+        said.append(f"out with {format_bytes(ram, 1)} less RAM")
     return "; ".join(said)
 
 
@@ -253,7 +279,7 @@ class Advice(catalog.Listed):
     """Ranked choices: `advice[0]`, `.answer`, `.table`; shown as the table.
 
     `choices` are all, `leaders` each model's first; `unknown` fit and are not scored in the setting; `refused` counts models by
-    the limit they fail. The four add up to the models looked at.
+    the limit they fail. Leaders, unknown and refused add up to the models looked at.
     """
 
     def __init__(self, asked: Asked, cards: tuple[Gpu, ...], host: int | None, choices: tuple[Choice, ...],
@@ -327,39 +353,48 @@ class Advice(catalog.Listed):
         if rivals:
             told += f", too near to tell it from {rivals[0].entry.name} ({points(rivals[0].quality[1])})"
             told += f" and {len(rivals) - 1} more" if len(rivals) > 1 else ""
-        better = [one for one in self.comparisons if one.better]
-        return f"{told}. Not scored there, but ahead elsewhere: {better[0]}." if better else f"{told}."
+        higher = sorted((one for one in self.comparisons if one.ahead), key=lambda one: one.ahead != "ahead")
+        return f"{told}. Not scored there; elsewhere {higher[0].ahead}: {higher[0]}." if higher else f"{told}."
 
     def _where(self) -> str:
+        names = ", ".join(card.name for card in self.cards)
+        if shared := [card.memory for card in self.cards if card.unified]:
+            return f"{names} with {format_bytes(min(*shared, self.host or shared[0]), 0)} of memory"
         ram = f"{format_bytes(self.host, 0)} of RAM" if self.host else "RAM"
-        return f"{', '.join(card.name for card in self.cards)} with {ram}" if self.cards else ram
+        return f"{names} with {ram}" if names else ram
 
     def _nothing(self) -> str:
-        """Which limit it failed by in the end, and the least that would do."""
-        a = self.asked
-        near = {limit: [one for one in self.near if one.limit == limit] for limit in ("quality", "speed", "memory")}
-        start = f"No model scored in {self.setting.name} keeps to all limits on {self._where()}"
+        """Which limit it failed by in the end, and the least that would do; of models without a score only where none of them
+        keeps to the limits either."""
+        a, scores = self.asked, self.setting.scores
+        found = [one for one in self.near if one.entry.id in scores]
+        others = "" if found else " of those it does not score"
+        if not found and not self.unknown:
+            found = list(self.near)
+        near = {limit: [one for one in found if one.limit == limit] for limit in ("quality", "speed", "memory")}
+        told = f"No model scored in {self.setting.name} keeps to all limits on {self._where()}: "
         if near["quality"]:
             one = max(near["quality"], key=lambda one: one.quality[1])
-            told = f"{start}: the best to expect is {points(one.quality[1])}, {_called(one)}, not {a.quality_floor:g}."
+            told += f"the best to expect is {points(one.quality[1])}, {_called(one)}, not {a.quality_floor:g}."
         elif near["speed"]:
             one = max(near["speed"], key=lambda one: decode(one.report))
             rate = f"{pace(decode(one.report))} tokens/s" if decode(one.report) else "a speed that is not known"
-            told = f"{start}: the quickest that fits is {_called(one)} with {rate}, not {a.min_speed:g}."
+            told += f"the quickest{others} that fits is {_called(one)} with {rate}, not {a.min_speed:g}."
         elif near["memory"]:
             one = min(near["memory"], key=lambda one: held(one.report))
-            short = max(one.report.devices.values(), key=lambda d: d.high - d.returned - d.free)
-            told = (f"{start}: the smallest is {_called(one)}, which needs {format_bytes(short.high - short.returned)} of "
-                    f"{format_bytes(short.free)} ({short.title}).")
+            devices = *one.report.lent, one.report.devices["host"]
+            short = max(devices, key=lambda d: d.high - d.returned - d.free)
+            told += (f"the smallest{others} is {_called(one)}, which needs {format_bytes(short.high - short.returned)} of "
+                     f"{format_bytes(short.free)} ({short.title}).")
         else:
-            told = f"{start}: {self._failed()}."
+            told += f"{self._failed()}."
         if self.unknown:
             told += f" {len(self.unknown)} that it does not score fit, {self.unknown[0].entry.name} among them: `.unknown`."
         return told
 
     def _failed(self) -> str:
-        failed = [f"{count} fail by {limit}" for limit, count in self.refused.items() if count]
-        return ", ".join(failed) or "there are none to look at"
+        failed = [f"{count} fail{'s' * (count == 1)} by {limit}" for limit, count in self.refused.items() if count]
+        return ", ".join(failed) or "it scores none of those looked at"
 
     def to_dict(self) -> dict:
         """What `llmlab best --json` prints: a choice a model, and the frontiers by model and quant."""

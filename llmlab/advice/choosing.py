@@ -10,12 +10,11 @@ from itertools import chain
 from .. import catalog
 from ..catalog import Entry
 from ..errors import LabError
-from ..fitting import place
 from ..memory import check_settings, weights
 from ..shapes import model_spec
 from . import limits
 from .answer import Advice, Asked, Choice, Near, Unknown, ranked
-from .configurations import Model, decode, models_on, usual_host
+from .configurations import Model, decode, models_on, usual_place
 from .losses import expected
 from .published import Setting, setting_of, settings_of
 
@@ -30,11 +29,11 @@ def best(gpu_or_machine, task: str = "coding", context: int = 8192, min_speed: f
     >>> llmlab.best("rtx-3060-12gb", task="coding", min_speed=15).answer
 
     gpu_or_machine, context: as `llmlab.fit` takes them. host: RAM, as there; None: this computer's, or 32 GiB beside a card
-    that is only named. task: what published scores are looked at: coding, tools, reasoning, maths, knowledge, instructions,
-    chat. min_speed: tokens per second while it answers, the usual guess with the context full. quality_floor: the least score
-    to expect, in the setting's own points. languages: that its maker names, "ru" or ["English", "Russian"]. license: how it
-    begins, or "open". setting: words of the scores to rank by, where not those of most models ("evalplus"). models: only
-    these.
+    that is only named (one that shares its RAM has as much as it is sold with). task: what published scores are looked at:
+    coding, tools, reasoning, maths, knowledge, instructions, chat. min_speed: tokens per second while it answers, the usual
+    guess with the context full. quality_floor: the least score to expect, in the setting's own points. languages: "ru" or
+    ["English", "Russian"]: that its maker names, or counts among twenty or more, which is then said. license: how it begins,
+    or "open". setting: words of the scores to rank by, where not those of most models ("evalplus"). models: only these.
 
     Scores are compared within one setting; a model it does not score is listed under `unknown`, never ranked. Raises LabError
     in one line for what cannot be; a question that nothing answers is no error: `.answer` says the least that would do.
@@ -48,22 +47,25 @@ def best(gpu_or_machine, task: str = "coding", context: int = 8192, min_speed: f
     unknown: list[Unknown] = []
     refused = Counter(dict.fromkeys(REFUSED, 0))
     near: list[Near] = []
-    where = place(gpu_or_machine, usual_host(gpu_or_machine) if host is None else host)
-    model_of, tried = models_on(where, context), []
+    where = usual_place(gpu_or_machine, host)
+    model_of, too_large = models_on(where, context), []
     with _no_garbage():
         for entry in entries:
             limit = _plain_limit(entry, asked)
             if not limit:
                 model = model_of(entry)
-                tried.append(model)
                 found, limit, nearest = _one(entry, model, asked)
                 near += nearest
+                too_large += [model] * (limit == "memory")
                 if found:
                     (unknown if isinstance(found[0], Unknown) else choices).extend(found)
                     continue
             refused[limit] += 1
-    if not choices and not near:
-        near = _smallest(tried)
+    if not choices:
+        scored = asked.setting.scores.keys()
+        for which in (lambda name: name in scored, lambda name: name not in scored):
+            if not any(which(one.entry.id) for one in near):
+                near += _smallest(model for model in too_large if which(model.entry.id))
     return Advice(asked, where.cards, where.host, ranked(choices), tuple(sorted(unknown, key=lambda one: one.order)),
                   dict(refused), tuple(near), len(entries))
 
@@ -126,7 +128,7 @@ def _one(entry: Entry, model: Model, asked: Asked) -> tuple[list, str, list[Near
         elif asked.quality_floor is not None and quality[1] < asked.quality_floor:
             weak.append(Near("quality", entry, report, quality))
         else:
-            found.append(Choice(entry, report, asked.setting, band, quality, lost))
+            found.append(Choice(entry, report, asked.setting, band, quality, lost, limits.unnamed(entry, asked.languages)))
     if weak and not found:
         return [], "quality", [max(weak, key=lambda one: one.quality[1])]
     return (found, "", []) if found else _failed(model, slow, asked)
@@ -139,7 +141,8 @@ def _unscored(entry: Entry, model: Model, asked: Asked) -> tuple[list, str, list
     whole = (report for recipe in model.recipes if (report := model.whole(recipe)))
     for report in chain(whole, (report for _, report in model.partly(asked.min_speed))):
         if decode(report) >= asked.min_speed:
-            return [Unknown(entry, report, asked.setting, _elsewhere(entry, asked))], "", []
+            said = limits.unnamed(entry, asked.languages)
+            return [Unknown(entry, report, asked.setting, _elsewhere(entry, asked), said)], "", []
         slow.append(Near("speed", entry, report, None))
     return _failed(model, slow, asked)
 
@@ -148,7 +151,8 @@ def _failed(model: Model, slow: list[Near], asked: Asked) -> tuple[list, str, li
     """Too slow, where it fits anywhere or only RAM could not be read quickly enough; else too large."""
     if slow:
         return [], "speed", [max(slow, key=lambda one: decode(one.report))]
-    return [], "memory" if all(model.hopeless(recipe, 0.0) for recipe in model.in_part) else "speed", []
+    unread = (r for r in model.in_part if model.hopeless(r, asked.min_speed) and not model.hopeless(r, 0.0))
+    return [], "speed" if next(unread, None) else "memory", []
 
 
 def _smallest(models: Iterable[Model]) -> list[Near]:

@@ -10,8 +10,7 @@ from functools import cached_property
 
 from ..catalog import Entry
 from ..errors import LabError
-from ..fitting import Place, Report, left_to_models
-from ..hardware import Machine
+from ..fitting import Place, Report, left_to_models, place
 from ..memory import cache_bytes, card_bytes, weights
 from ..placing import free_bytes
 from ..settings import LADDERS, Settings, check, quants_to_try
@@ -176,10 +175,12 @@ def models_on(place: Place, context: int) -> Callable[[Entry], Model]:
     return model
 
 
-def usual_host(gpu) -> str | None:
-    """RAM where nobody says how much: what a computer has (None), or the usual beside a card that is only named."""
-    here = isinstance(gpu, Machine) or gpu in (None, (), []) or isinstance(gpu, str) and gpu.strip().lower() == "none"
-    return None if here else USUAL_RAM
+def usual_place(gpu, host=None) -> Place:
+    """As `fitting.place`; where nobody says how much RAM there is beside a card that is only named, the usual."""
+    found = place(gpu, host)
+    if host is not None or found.machine or not found.cards or any(card.unified for card in found.cards):
+        return found
+    return place(gpu, USUAL_RAM)
 
 
 def placement(report: Report) -> str:
@@ -201,4 +202,4 @@ def decode(report: Report) -> float:
 
 def held(report: Report) -> int:
     """Bytes that have to be there on all devices together."""
-    return sum(device.needed for device in report.devices.values())
+    return sum(device.needed for device in (*report.lent, report.devices["host"]))

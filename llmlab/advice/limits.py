@@ -13,7 +13,7 @@ LANGUAGES = {
     "it": "italian", "ja": "japanese", "ko": "korean", "nl": "dutch", "pl": "polish", "pt": "portuguese", "ro": "romanian",
     "ru": "russian", "sv": "swedish", "th": "thai", "tl": "tagalog", "tr": "turkish", "uk": "ukrainian", "vi": "vietnamese",
     "zh": "chinese"}
-MANY = 20            # a model "of 29+ languages", none named, is taken to speak any of those above: it is said where it counts
+MANY = 20            # a model "of 29+ languages" is taken to speak any of those above; `unnamed` says which are only counted
 OPEN = ("Apache-2.0", "MIT")           # licence="open": what the Open Source Initiative approved
 
 
@@ -34,20 +34,30 @@ def languages(asked: str | Iterable[str] | None) -> tuple[str, ...]:
 
 def speaks(entry: Entry, codes: Iterable[str]) -> bool | None:
     """Whether a model's maker names all these languages; None where only how many there are is said, and they are many."""
-    said = entry.languages.casefold()
-    named = {names for names in re.findall(r"\b[a-z]{2}\b", said) if names in LANGUAGES}
-    named |= {code for code, name in LANGUAGES.items() if name in said}
-    if set(codes) <= named:
+    if set(codes) <= _named(entry):
         return True
-    counted = [int(number) for number in re.findall(r"(\d+)\+? languages", said)]
+    counted = [int(number) for number in re.findall(r"(\d+)\+? languages", entry.languages.casefold())]
     return None if counted and max(counted) >= MANY else False
+
+
+def unnamed(entry: Entry, codes: Iterable[str]) -> str:
+    """What is to be said of a model of which only how many languages is told: "Finnish taken to be among its 29+ languages"."""
+    missing = [LANGUAGES[code].capitalize() for code in codes if code not in _named(entry)]
+    counted = re.search(r"\d+\+? languages", entry.languages)
+    return f"{' and '.join(missing)} taken to be among its {counted[0]}" if missing and counted else ""
+
+
+def _named(entry: Entry) -> set[str]:
+    """The codes its maker names."""
+    said = entry.languages.casefold()
+    return {code for code, name in LANGUAGES.items() if name in said or re.search(rf"\b{code}\b", said)}
 
 
 def licences(asked: str | Iterable[str] | None) -> tuple[str, ...]:
     """Licences of the catalogue by how they begin ("apache", ["MIT", "Llama"]), or the open ones by "open"; (): any."""
     if asked is None:
         return ()
-    given = [asked] if isinstance(asked, str) else list(asked) if isinstance(asked, Iterable) else [asked]
+    given = asked.split(",") if isinstance(asked, str) else list(asked) if isinstance(asked, Iterable) else [asked]
     known = sorted({entry.license for entry in catalog.entries().values()})
     found: list[str] = []
     for one in given:

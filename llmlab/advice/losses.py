@@ -5,7 +5,7 @@ The chain, each link with its spread; `expected` puts it together:
 1. How far answers drift (mean KL divergence) by quant and by cache type: Llama 3 8B, data/quality_llama3_8b.csv and
    data/kv_quality_llama3_8b.csv, less what the 16-bit rows drift there. Weights and cache err independently: drifts add.
 2. What share of what is above guessing goes with it: MMLU of the same model and quants, data/mmlu_by_quant_llama3.csv. The
-   share is 0.65 times the divergence, from 0.44 to 0.80, in a straight line from Q6_K down to IQ1_M.
+   share is 0.65 times the divergence, from 0.45 to 0.81, in a straight line from Q6_K down to IQ1_M.
 3. How that grows for smaller models and shrinks for larger: as a power of the parameters. Downwards from the divergence of
    SmolLM2 135M (data/quality_smollm2_135m.csv; the two quants that are there what they are called), upwards from MMLU of
    Llama 3 70B. Beyond those two nothing was measured, and nothing more is assumed.

@@ -124,10 +124,12 @@ def setting_of(task: str, asked: str | Setting | None = None) -> Setting:
     if asked is None:
         return settings[0]
     if isinstance(asked, Setting):
+        if asked not in settings:
+            raise LabError(f"setting is {asked.name[:60]}, which is not of {task}; llmlab.advice.settings_of lists what is")
         return asked
-    if not isinstance(asked, str) or not asked.strip():
+    words = re.findall(r"[a-z0-9.+-]+", asked.casefold()) if isinstance(asked, str) else ()
+    if not words:
         raise LabError(f"setting is {asked!r:.60}; give words of a benchmark, of how it was run or of its source: 'EvalPlus'")
-    words = re.findall(r"[a-z0-9.+-]+", asked.casefold())
     for setting in settings:
         parts = re.findall(r"[a-z0-9.+-]+", f"{setting.name} {setting.source}".casefold())
         if all(any(part.startswith(word) for part in parts) for word in words):
@@ -155,11 +157,12 @@ def _settings() -> tuple[Setting, ...]:
 
 
 _VOTES = re.compile(r"\d+ votes, 95% CI \+(\d+)/-(\d+), ")
+_MADE_FOR = re.compile(r"; tool-calling (specialist|fine-tune)( \d+B)?$")
 
 
 def _run(setting: str) -> str:
-    """How it was run, without what is said of one row."""
-    return _VOTES.sub("", setting)
+    """How it was run, without what is said of one row: its votes, or what its model was made for."""
+    return _MADE_FOR.sub("", _VOTES.sub("", setting))
 
 
 def _interval(setting: str, score: float) -> Band | None:

@@ -43,14 +43,17 @@ class UnknownBox(Box):
     """What fits and has no score in this setting."""
 
     def make(self) -> list[w.Widget]:
-        self.rows = Rows(caption="they keep to every limit; their scores here are not known, which is not zero")
+        self.rows = Rows(caption="they keep to every limit but the score; theirs here are not known, which is not zero")
         self.words = Words(layout=w.Layout(width="100%"))
         return [self.words, self.rows]
 
     def show(self) -> None:
-        beside = [str(one) for one in self.state.advice.comparisons if one.better]
-        ahead = f"Ahead of the first choice where another setting scores both: {'; '.join(beside[:3])}." if beside else ""
-        self.words.say(ahead or "None of them is ahead of the first choice in a setting that scores both.")
+        advice = self.state.advice
+        higher = sorted((one for one in advice.comparisons if one.ahead), key=lambda one: one.ahead != "ahead")
+        beside = [f"{one} ({one.ahead})" for one in higher]
+        ahead = f"Before the first choice where another setting scores both: {'; '.join(beside[:3])}." if beside else ""
+        none = "None of them comes before the first choice in a setting that scores both." if advice.choices else ""
+        self.words.say(ahead or none)
         self.rows.show(list(self.state.unknown))
 
 

@@ -39,10 +39,10 @@ class AdviceState(settable(DEFAULTS)):
     """The settings as traits; `look` follows, and in words `answer` and `error`.
 
     card: a card's id, "this machine", or None for this computer's RAM alone; host: RAM beside it (None: this computer's, or
-    32 GiB beside a card that is only named). task, context, min_speed, quality_floor, languages, license, setting: as
-    llmlab.best takes them. chosen: a model's id, or (model, quant, (K, V)), of which `choice` is to be got and run; None: the
-    first. A value that cannot be used leaves the last good look in place and says why in `error`; several changes in
-    `update(...)` make one.
+    32 GiB beside a card that is only named; one that shares its RAM has what it is sold with). task, context, min_speed,
+    quality_floor, languages, license, setting: as llmlab.best takes them. chosen: a model's id, or (model, quant, (K, V)), of
+    which `choice` is to be got and run; None: the first. A value that cannot be used leaves the last good look in place
+    and says why in `error`; several changes in `update(...)` make one.
     """
 
     look = t.Instance(Look, allow_none=True, read_only=True)
