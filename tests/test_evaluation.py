@@ -249,6 +249,10 @@ def test_scores_say_when_they_cannot_be_told_from_guessing():
     sure = evaluation([1] * 16 + [0] * 8)
     assert "guessing gives" in sure.answer and "cannot be told" not in sure.answer
     assert (sure.scores["own"].low, sure.scores["own"].high) == pytest.approx((0.4671, 0.8203), abs=1e-4)
+    worse = evaluation([1] + [0] * 35)
+    assert "In own it is worse than guessing, beyond chance." in worse.answer and "cannot be told" not in worse.answer
+    both = replace(worse, outcomes=worse.outcomes + evaluation([1, 0], task="few").outcomes)
+    assert "In few it cannot be told from guessing. In own it is worse than guessing" in both.answer
 
 
 def test_two_on_the_same_items():

@@ -106,10 +106,13 @@ class Evaluation:
         if not self.outcomes:
             return f"{self.model}: stopped before the first item."
         told = "; ".join(f"{task} {score}" for task, score in self.scores.items())
-        low = [task for task, score in self.scores.items() if score.chance and score.low <= score.chance]
+        like = [task for task, score in self.scores.items() if score.chance and score.low <= score.chance <= score.high]
+        below = [task for task, score in self.scores.items() if score.high < score.chance]
         said = f"{self.model}, measured: {told}."
-        if low:
-            said += f" In {_listed(low)} it cannot be told from guessing."
+        if like:
+            said += f" In {_listed(like)} it cannot be told from guessing."
+        if below:
+            said += f" In {_listed(below)} it is worse than guessing, beyond chance."
         return said + ("" if self.whole else " It was stopped before all items were asked.")
 
     @property
