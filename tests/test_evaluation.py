@@ -282,7 +282,27 @@ def test_a_difference_that_is_more_than_chance_is_said_to_be():
     found = evaluation([0] * 9 + [1] * 21).beside(evaluation([1] * 30, name="b.gguf"))
     assert found.shown and "chance alone does that 0.39 % of the time" in found.answer and "no more than" not in found.answer
     same = evaluation([1, 0] * 2).beside(evaluation([1, 0] * 2))
-    assert same.p == 1 and same.logprob is None and "these are too few" in same.answer and "scores as" in same.answer
+    assert same.p == 1 and same.logprob is None and "scores as" in same.answer
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_so_few_items_can_show_no_difference(count):
+    found = evaluation([0] * count).beside(evaluation([1] * count))
+    assert not found.shown and "So few items can show no difference: 6 would have to change, all one way." in found.answer
+    assert "points can be shown" not in found.answer
+    assert evaluation([0] * 6).beside(evaluation([1] * 6)).shown
+
+
+@pytest.mark.parametrize(("lost", "gained", "p"), [(4, 0, "0.12"), (5, 0, "0.062"), (7, 1, "0.07"), (9, 2, "0.065")])
+def test_where_the_interval_and_the_exact_test_differ_it_is_said_which_counts(lost, gained, p):
+    one = evaluation([0] * lost + [1] * (36 - lost))
+    other = evaluation([1] * lost + [0] * gained + [1] * (36 - lost - gained))
+    for found in (one.beside(other), other.beside(one)):
+        assert not found.shown and (found.interval[1] < 0 or found.interval[0] > 0)
+        assert (f"; that is no more than chance (McNemar's exact test: p = {p}; the interval leaves out 0, but the test is the "
+                "stricter and counts). Where ") in found.answer
+    even = evaluation([0, 0] + [1] * 34).beside(evaluation([1] * 36))
+    assert "(McNemar's exact test: p = 0.5)" in even.answer
 
 
 def test_only_what_both_were_asked_is_compared():

@@ -68,7 +68,7 @@ class Comparison:
     @property
     def least(self) -> float:
         """The smallest difference of shares that these items could have shown, with as many changed as did (with 6 at
-        least)."""
+        least); above 1 where they are too few to show any."""
         return least_shown(self.lost + self.gained) / self.n
 
     @property
@@ -107,11 +107,12 @@ class Comparison:
         if self.shown:
             said += f"; chance alone does that {_often(self.p)} of the time (McNemar's exact test)."
         else:
-            least = least_shown(self.lost + self.gained)
-            said += ("; that is no more than chance"
-                     + (f" (McNemar's exact test: p = {self.p:.2g})" if self.lost + self.gained else "")
-                     + f". Where {_count(max(self.lost + self.gained, least), 'item')} of {self.n} change, nothing below "
-                     f"{100 * self.least:.1f} points can be shown" + (", so these are too few." if self.least > 1 else "."))
+            changed, least = self.lost + self.gained, least_shown(self.lost + self.gained)
+            edge = "; the interval leaves out 0, but the test is the stricter and counts" if low > 0 or high < 0 else ""
+            said += ("; that is no more than chance" + (f" (McNemar's exact test: p = {self.p:.2g}{edge})" if changed else "")
+                     + (f". So few items can show no difference: {least} would have to change, all one way." if least > self.n
+                        else f". Where {_count(max(changed, least), 'item')} of {self.n} change, nothing below "
+                        f"{100 * self.least:.1f} points can be shown."))
         if (moved := self.logprob) is not None:
             known = moved.error == moved.error          # of one item it is not
             sure = known and abs(moved.value) > 2 * moved.error
