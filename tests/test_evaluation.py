@@ -15,8 +15,9 @@ import llmlab
 from llmlab.errors import BadFile, LabError
 from llmlab.evaluation import Evaluation, Outcome
 from llmlab.evaluation.asking import Asked
+from llmlab.evaluation.student import student
 from llmlab.loading import load
-from llmlab.quality.statistics import mean
+from llmlab.quality.statistics import Estimate, mean
 from llmlab.runtime.generating import memory_of
 
 CITIES = {"France": "Paris", "Italy": "Rome", "Germany": "Berlin", "Spain": "Madrid", "Russia": "Moscow", "Japan": "Tokyo",
@@ -276,6 +277,27 @@ def test_two_on_the_same_items():
 def test_one_item_has_no_error():
     found = evaluation([1], [-1.0]).beside(evaluation([1], [-1.5]))
     assert "rose by 0.500 nats on average, within chance" in found.answer and "nan" not in repr(found)
+
+
+@pytest.mark.parametrize(("count", "quantile"), [(2, 12.7062), (3, 4.3027), (4, 3.1824), (5, 2.7764), (6, 2.5706), (11, 2.2281),
+                                                 (31, 2.0423), (121, 1.9799), (1001, 1.9623)])
+def test_student_s_quantiles_as_printed_in_tables(count, quantile):
+    for value in (quantile, -quantile):
+        assert student(Estimate(value, 1.0), count) == pytest.approx(0.05, abs=2e-5)
+
+
+def test_student_s_ends():
+    assert student(Estimate(0.0, 1.0), 5) == 1 and student(Estimate(1.0, 0.0), 5) == 0 and student(Estimate(1e9, 1.0), 6) == 0
+    assert student(Estimate(3.0, float("nan")), 1) == 1
+
+
+def test_a_few_log_likelihoods_must_move_far_to_say_anything():
+    for moves, says in (([1.0, 1.6], "within chance"), ([1.0, 1.05], "more than chance"),   # 4.3 and 41 standard errors
+                        ([0.1, 0.9, 0.5], "within chance"), ([0.1, 0.9, 0.5] * 3, "more than chance")):
+        found = evaluation([1] * len(moves), moves).beside(evaluation([1] * len(moves), [0.0] * len(moves)))
+        assert abs(found.logprob.value) > 2 * found.logprob.error and says in found.answer.partition("log-likelihood")[2]
+    half = evaluation([1] * 9, [1.0, 1.6] + [None] * 7).beside(evaluation([1] * 9, [0.0] * 9))      # of two, not of nine
+    assert "within chance" in half.answer.partition("log-likelihood")[2]
 
 
 def test_a_difference_that_is_more_than_chance_is_said_to_be():

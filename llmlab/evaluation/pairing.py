@@ -14,6 +14,7 @@ from ..catalog import Table
 from ..errors import LabError
 from ..intervals import LEVEL, least_shown, mcnemar, tango
 from ..quality.statistics import Estimate, mean
+from .student import student
 
 if TYPE_CHECKING:
     from .outcomes import Outcome
@@ -74,9 +75,12 @@ class Comparison:
     @property
     def logprob(self) -> Estimate | None:
         """Mean difference of the right answers' log-likelihoods in nats, with its standard error; None where none is known."""
-        found = [one.logprob - other.logprob for one, other in self.pairs
-                 if one.logprob is not None and other.logprob is not None]
-        return mean(np.array(found)) if found else None
+        return mean(np.array(found)) if (found := self._moved) else None
+
+    @property
+    def _moved(self) -> list[float]:
+        return [one.logprob - other.logprob for one, other in self.pairs
+                if one.logprob is not None and other.logprob is not None]
 
     @property
     def by_task(self) -> Table:
@@ -115,7 +119,7 @@ class Comparison:
                         f"{100 * self.least:.1f} points can be shown."))
         if (moved := self.logprob) is not None:
             known = moved.error == moved.error          # of one item it is not
-            sure = known and abs(moved.value) > 2 * moved.error
+            sure = student(moved, len(self._moved)) < LEVEL
             said += (f" The right answers' log-likelihood {'rose' if moved.value > 0 else 'fell'} by "
                      f"{abs(moved.value):.3f}{f' ± {moved.error:.3f}' if known else ''} nats on average"
                      f"{', which is more than chance' if sure else ', within chance'}."
