@@ -30,7 +30,8 @@ _RIGHT = ("acc_norm", "acc", "exact_match")     # what of a sample is its headli
 class LabLM(TemplateLM):
     """A model of ours as lm-eval's LM. A context is read once for all texts that follow it, and what is written is greedy.
 
-    Beginnings of texts (BOS) are the vocabulary's own, as in lm-eval's HFLM. Raises LabError for a task that samples.
+    Beginnings of texts (BOS) are the vocabulary's own, as in lm-eval's HFLM. Raises LabError for a task that samples, and for
+    one whose answers would leave its prompt no room.
     """
 
     def __init__(self, model, tokenizer, progress: bool = True):
@@ -115,13 +116,16 @@ class LabLM(TemplateLM):
         until = options.get("until") or []
         until = [one for one in ([until] if isinstance(until, str) else until) if one]
         most, text = int(options.get("max_gen_toks", options.get("max_new_tokens", NEW))), ""
+        if most >= self.max_length:
+            raise LabError(f"this task writes up to {most:,} tokens and the context holds {self.max_length:,}, so none is left "
+                           "for its prompt; give a larger context, or gen_kwargs={'max_gen_toks': ...}")
 
         def done(piece: str, token: int | None) -> bool:
             nonlocal text
             text += piece
             return any(one in text for one in until)
 
-        prompt = self.tok_encode(context)[-max(1, self.max_length - most):]
+        prompt = self.tok_encode(context)[-(self.max_length - most):]
         written = self.asked.writes(prompt, most, done)
         return written[:min([written.find(one) for one in until if one in written], default=len(written))]
 

@@ -145,3 +145,17 @@ def test_an_empty_context_and_a_chat(ours, theirs):
     with pytest.raises(llmlab.LabError, match="samples"):
         lm.generate_until([Instance("generate_until", {}, ("Hello", {"do_sample": True, "temperature": 0.7}), 0)])
     assert torch.is_grad_enabled()
+
+
+def test_answers_that_would_leave_the_prompt_no_room_are_refused(smollm2):
+    from lm_eval.api.instance import Instance
+
+    lm = lm_eval_model(*llmlab.decoder(smollm2, dtype="float32", context=64))
+    for most in (64, 65, None):                     # None: lm-eval's 256
+        options = {"until": ["."]} | ({} if most is None else {"max_gen_toks": most})
+        with pytest.raises(llmlab.LabError, match=f"up to {most or 256} tokens and the context holds 64, .*larger") as error:
+            lm.generate_until([Instance("generate_until", {}, ("Paris is the capital of", options), 0)], disable_tqdm=True)
+        assert "\n" not in str(error.value)
+    said, = lm.generate_until([Instance("generate_until", {}, ("Paris is the capital of", {"max_gen_toks": 6}), 0)],
+                              disable_tqdm=True)
+    assert said
