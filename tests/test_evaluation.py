@@ -202,6 +202,16 @@ def test_what_cannot_be_asked_is_said_in_a_line(tiny, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_what_is_no_model_or_no_tokenizer_is_said_with_what_to_give(tiny):
+    both = decoder, words = llmlab.decoder(tiny, dtype="float32")
+    for given, says in ((("smollm2-135m", words, "coding"), "a str is no model"), ((None, words, "coding"), "None is no model"),
+                        ((both, "coding"), "a tuple is no model"), ((decoder, "coding"), "a str is no tokenizer"),
+                        ((words, decoder, "coding"), "is no model"), ((decoder, decoder), "is no tokenizer")):
+        with pytest.raises(LabError, match=f"{says}.*llmlab.load.*with a star") as error:
+            llmlab.evaluate(*given, progress=False)
+        assert "\n" not in str(error.value)
+
+
 # ---- what the outcomes say -------------------------------------------------------------------------------------------
 
 

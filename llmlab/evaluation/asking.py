@@ -28,11 +28,12 @@ class Likelihood:
 class Asked:
     """A model (transformers' or a lean decoder) and its words. What it had read is forgotten.
 
-    read: tokens that went through the model so far. Raises LabError where there is no vocabulary.
+    read: tokens that went through the model so far. Raises LabError where there is no vocabulary, and for what is no model or
+    no tokenizer.
     """
 
     def __init__(self, model, words):
-        check_tokenizer(words)
+        _check_both(model, words)
         self.model, self.words, self.memory = model, words, memory_of(model)
         self.ends, self.read = end_tokens(model, words), 0
         self.memory.forget()
@@ -122,6 +123,15 @@ class Asked:
         if self.memory.context is not None and tokens > self.memory.context:
             raise LabError(f"it takes {tokens:,} tokens and the model's context holds {self.memory.context:,}; leave it out, "
                            "or give a larger context")
+
+
+def _check_both(model, words) -> None:
+    remedy = "give both that llmlab.decoder or llmlab.load returns, with a star: *llmlab.decoder('smollm2-135m')"
+    if not hasattr(model, "keep") and not hasattr(model, "config"):         # a lean decoder's, a transformers model's
+        raise LabError(f"{'None' if model is None else f'a {type(model).__name__}'} is no model; {remedy}")
+    check_tokenizer(words)
+    if not callable(words) or not hasattr(words, "decode"):
+        raise LabError(f"a {type(words).__name__} is no tokenizer; {remedy}")
 
 
 def _log_softmax(rows: torch.Tensor) -> torch.Tensor:
