@@ -548,7 +548,7 @@ def _evaluate(a: argparse.Namespace, rest: list[str]) -> None:
     from .evaluation import Evaluation, evaluate
     from .evaluation.items import check_tasks
     tasks = a.tasks and a.tasks.split(",")
-    check_tasks(tasks)                                              # before a model is loaded, which takes seconds
+    check_tasks(tasks, a.limit)                                     # before a model is loaded, which takes seconds
     other = a.beside and Evaluation.load(a.beside)
     if a.save and not os.access(os.path.dirname(os.path.abspath(a.save)), os.W_OK):
         raise LabError(f"{a.save} is in no folder that can be written to; give --save another one")

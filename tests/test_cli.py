@@ -132,6 +132,8 @@ def test_doctor_calibrates_first_when_asked(capsys, monkeypatch, tmp_path):
     (["fit", "llama-3-8b", "--gpu", "3090", "--mtp"], "multi-token"),
     (["evaluate", "smollm2-135m", "--tasks", "juggling"], "needles"), (["evaluate", "gone.gguf", "--tasks", "needles"], "gone"),
     (["evaluate", "smollm2-135m", "--tasks", "needles", "--beside", "gone.json"], "gone.json"),
+    (["evaluate", "gone.gguf", "--tasks", ","], "tasks is ['', '']; give names"),
+    (["evaluate", "gone.gguf", "--tasks", "needles", "--limit", "0"], "limit is 0; give a whole number of items, from 1 up"),
     (["fetch", "llama-3-8b"], "catalogue"), (["fit", "llama-3-8b", "--quant", "Q9"], "Q4_K_M")])
 def test_bad_input_gets_one_line_and_status_2(capsys, argv, says):
     status, out, err = run(capsys, *argv)

@@ -195,7 +195,9 @@ def test_what_cannot_be_asked_is_said_in_a_line(tiny, tmp_path):
                        (lambda: llmlab.evaluate(decoder, words, []), "tasks"),
                        (lambda: llmlab.evaluate(decoder, words, 3), "tasks"),
                        (lambda: llmlab.evaluate(decoder, words, [small, small]), "twice"),
-                       (lambda: llmlab.evaluate(decoder, words, small, limit=0), "limit"),
+                       (lambda: llmlab.evaluate(decoder, words, ["", " "]), r"tasks is \['', ' '\]; give names"),
+                       (lambda: llmlab.evaluate(decoder, words, ""), "tasks is ''; give names"),
+                       (lambda: llmlab.evaluate(decoder, words, small, limit=0), "limit is 0; give .* from 1 up"),
                        (lambda: llmlab.evaluate(decoder, words, "jugling"), "no task 'jugling'")):
         with pytest.raises(LabError, match=says) as error:
             call()

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import BadFile, LabError, UnknownName
 from ..gguf.words import show_path
+from ..memory import checked_integer
 from ..places import folder
 from .matching import number_of
 
@@ -90,7 +91,8 @@ def names_of(tasks: str | os.PathLike | Sequence[str | os.PathLike] | None) -> l
     if tasks is None:
         return [*shipped(), NEEDLES]
     names = [tasks] if isinstance(tasks, (str, os.PathLike)) else tasks
-    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(one, (str, os.PathLike)) for one in names):
+    if (not isinstance(names, (list, tuple)) or not names
+            or not all(isinstance(one, (str, os.PathLike)) and str(one).strip() for one in names)):
         raise LabError(f"tasks is {tasks!r:.60}; give names, such as 'coding', or paths of .jsonl files")
     if len({called(one) for one in names}) < len(names):
         raise LabError(f"tasks has one of {', '.join(map(called, names))[:80]} twice")
@@ -102,11 +104,19 @@ def called(task: str | os.PathLike) -> str:
     return Path(task).stem if str(task).endswith(".jsonl") else str(task)
 
 
-def check_tasks(tasks) -> None:
-    """Raises LabError where one is not there or damaged; those of lm-eval-harness are not looked at."""
+def check_tasks(tasks, limit: int | None = None) -> None:
+    """Raises LabError where one is not there or damaged, and for a limit that is none; those of lm-eval-harness are not looked
+    at."""
+    check_limit(limit)
     for name in names_of(tasks):
         if name != NEEDLES and not str(name).startswith(LM_EVAL):
             task_items(name)
+
+
+def check_limit(limit: int | None) -> None:
+    """Raises LabError for what is no number of items."""
+    if limit is not None:
+        checked_integer("limit", limit, 1, 2**31 - 1, "give a whole number of items, from 1 up")
 
 
 def task_items(task: str | os.PathLike) -> tuple[Item, ...]:

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from ..errors import LabError
-from ..memory import checked_integer
 from ..quality.needles import KINDS, haystack
 from ..quality.passes import name_of
 from ..runtime.generating import has_template, prompt_tokens
 from .asking import Asked
 from .calling import RIGHT, TOLD, Calls, call_prompt, checked_tools, verdict, way_of
-from .items import LM_EVAL, NEEDLES, Call, Choice, Exact, Item, called, names_of, task_items
+from .items import LM_EVAL, NEEDLES, Call, Choice, Exact, Item, called, check_limit, names_of, task_items
 from .matching import matches, whole
 from .outcomes import Evaluation, Outcome
 
@@ -49,8 +48,7 @@ def evaluate(model, tokenizer, tasks: str | os.PathLike | Sequence[str | os.Path
     """
     from tqdm.auto import tqdm
 
-    if limit is not None:
-        checked_integer("limit", limit, 1, 2**31 - 1, "give a whole number of items")
+    check_limit(limit)
     asked, names = Asked(model, tokenizer), names_of(tasks)
     ready = [(name, _ask_of(name, asked, limit)) for name in names if not str(name).startswith(LM_EVAL)]
     outcomes, seconds, tokens, notes, ended = [], {}, {}, [], False
