@@ -546,12 +546,16 @@ def _serve(a: argparse.Namespace, rest: list[str]) -> None:
 
 def _evaluate(a: argparse.Namespace, rest: list[str]) -> None:
     from .evaluation import Evaluation, evaluate
-    from .evaluation.items import check_tasks
-    tasks = a.tasks and a.tasks.split(",")
-    check_tasks(tasks, a.limit)                                     # before a model is loaded, which takes seconds
-    other = a.beside and Evaluation.load(a.beside)
-    if a.save and not os.access(os.path.dirname(os.path.abspath(a.save)), os.W_OK):
-        raise LabError(f"{a.save} is in no folder that can be written to; give --save another one")
+    from .evaluation.items import check_tasks, may_share
+    from .gguf.words import show
+    tasks = None if a.tasks is None else a.tasks.split(",")
+    check_tasks(tasks, a.limit)                                     # before a model is loaded, and asked for an hour
+    other = None if a.beside is None else Evaluation.load(a.beside)
+    if other and not may_share(tasks, a.limit, other.outcomes):
+        raise LabError(f"{a.beside} has no item of what is to be asked, its tasks are {show(', '.join(other.tasks))}; evaluate "
+                       "the same tasks, in the same version of them")
+    if a.save is not None:
+        _check_save(a.save)
     from .starting import decoder, gguf_of, refusal
     file = gguf_of(a.model)
     if file and not refusal(file):
@@ -560,15 +564,37 @@ def _evaluate(a: argparse.Namespace, rest: list[str]) -> None:
         from .loading import load
         model = load(a.model, a.device, a.dtype, strategy=a.strategy, kv=a.kv and _kv(a.kv))
     found = evaluate(*model, tasks, limit=a.limit, progress=not a.json and sys.stderr.isatty())
-    beside = other and found.beside(other)
-    if a.save:
-        found.save(a.save)
-    if a.json:
-        _print_json(found.to_dict() | ({"beside": beside.to_dict()} if beside else {}))
+    try:
+        if a.save is not None:
+            found.save(a.save)
+    finally:                                                        # whatever fails from here on, what was measured is shown
+        _show_evaluation(found, other, a.json)
+
+
+def _show_evaluation(found, other, as_json: bool) -> None:
+    if not as_json:
+        print(found, *found.notes, sep="\n")
+        if other:
+            print(found.beside(other))
         return
-    print(found)
-    for text in (*found.notes, *([beside] if beside else [])):
-        print(text)
+    told = found.to_dict()
+    try:
+        if other:
+            told["beside"] = found.beside(other).to_dict()
+    finally:
+        _print_json(told)
+
+
+def _check_save(path: str) -> None:
+    """Raises LabError where no file of that name can be written: known now, and not after the work."""
+    import tempfile
+    whole = os.path.abspath(path)
+    if os.path.exists(whole) and not os.path.isfile(whole):
+        raise LabError(f"{whole} is {'a folder' if os.path.isdir(whole) else 'a device'}; give --save the name of a file")
+    try:
+        tempfile.NamedTemporaryFile(dir=os.path.dirname(whole), prefix=f".{os.path.basename(whole)}.").close()
+    except OSError as error:
+        raise LabError(f"{path} cannot be written: {error.strerror or error}; give --save another place") from None
 
 
 def _bench(a: argparse.Namespace, rest: list[str]) -> None:

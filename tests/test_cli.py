@@ -8,6 +8,7 @@ import pytest
 import tiny_chat
 
 from llmlab.cli import main
+from llmlab.evaluation import Evaluation, Outcome, evaluate
 
 
 def run(capsys, *argv):
@@ -79,6 +80,48 @@ def test_an_evaluation_is_printed_saved_and_set_beside_another(capsys, tmp_path)
     assert status == 0 and said["scores"]["own"]["n"] == 3 and len(said["outcomes"]) == 3
     assert said["beside"]["lost"] == said["beside"]["gained"] == 0 and said["beside"]["left_out"] == 1
     assert "3 items" in run(capsys, "evaluate", model, "--tasks", str(task), "--limit", "3", "--beside", saved)[1]
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """An evaluation of other items by the names of these: of coding and of needles."""
+    path = tmp_path / "elsewhere.json"
+    outcomes = tuple(Outcome(task, "x-1", "choice", "0", True) for task in ("coding", "needles"))
+    Evaluation("b.gguf", "by hand", outcomes).save(path)
+    return str(path)
+
+
+def test_an_evaluation_to_be_lost_is_not_begun(capsys, tmp_path, elsewhere):
+    """The model is not there, and nothing asks for it yet."""
+    (tmp_path / "file").write_text("")
+    for more, says in ((["--tasks", "english", "--limit", "2", "--beside", elsewhere], "its tasks are 'coding, needles'"),
+                       (["--tasks", "coding", "--beside", elsewhere], "no item of what is to be asked"),     # another version
+                       (["--tasks", "needles", "--save", str(tmp_path)], "is a folder"),
+                       (["--tasks", "needles", "--save", ""], "is a folder"),
+                       (["--tasks", "needles", "--save", "/dev/null"], "is a device"),
+                       *((["--tasks", "needles", "--save", str(tmp_path / name)], "cannot be written")
+                         for name in ("no folder/e.json", "file/e.json", "long" * 64))):
+        status, out, err = run(capsys, "evaluate", "gone.gguf", *more)
+        assert (status, out) == (2, "") and says in err and "gone" not in err and err.count("\n") == 1
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["elsewhere.json", "file"]
+
+
+def test_an_evaluation_is_saved_and_shown_whatever_it_cannot_be_set_beside(capsys, tmp_path, elsewhere):
+    model, saved = str(tiny_chat.write(tmp_path / "tiny.gguf")), tmp_path / "saved.json"
+    asked = ["evaluate", model, "--tasks", "needles", "--limit", "1", "--save", str(saved), "--beside", elsewhere]
+    for more in ([], ["--json"]):
+        status, out, err = run(capsys, *asked, *more)
+        assert status == 2 and "asked no item alike" in err and Evaluation.load(saved).scores["needles"].n == 1
+        assert json.loads(out)["scores"]["needles"]["n"] == 1 if more else out.startswith("tiny.gguf, measured: needles ")
+        saved.unlink()
+
+
+def test_an_evaluation_is_shown_where_its_place_went_away_meanwhile(capsys, tmp_path, monkeypatch):
+    model, place = str(tiny_chat.write(tmp_path / "tiny.gguf")), tmp_path / "place"
+    monkeypatch.setattr("llmlab.evaluation.evaluate", lambda *given, **more: (place.rmdir(), evaluate(*given, **more))[1])
+    place.mkdir()
+    status, out, err = run(capsys, "evaluate", model, "--tasks", "needles", "--limit", "1", "--save", str(place / "e.json"))
+    assert status == 2 and "cannot be written" in err and out.startswith("tiny.gguf, measured: needles ")
 
 
 def test_thousands_of_tokens_may_be_written_k(capsys):

@@ -6,8 +6,8 @@ from decimal import Decimal
 import pytest
 
 from llmlab.errors import BadFile, UnknownName
-from llmlab.evaluation import Call, Choice, Exact, read_items, shipped
-from llmlab.evaluation.items import task_items
+from llmlab.evaluation import Call, Choice, Exact, Outcome, read_items, shipped
+from llmlab.evaluation.items import may_share, task_items
 from llmlab.evaluation.matching import folded, matches, number_of, whole
 
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {
@@ -109,3 +109,13 @@ def test_an_answer_is_whole_when_its_line_has_ended():
     assert not whole("\n\nParis", "text") and whole("\nParis\n", "text")
 
 
+def test_what_may_be_among_earlier_outcomes_is_known_without_a_model(tmp_path):
+    path = written(tmp_path, CHOICE, EXACT)
+    choice, exact = read_items(path)
+    of = [Outcome("own", exact.id, "exact", exact.digest, True)]
+    assert may_share(path, None, of) and may_share(["coding", path], None, of) and not may_share(path, 1, of)
+    assert not may_share("coding", None, of) and not may_share(path, None, [])
+    assert not may_share(path, None, [Outcome("own", exact.id, "exact", "0", True)])       # another version of it
+    named = [Outcome("needles", "number-0-0", "needle", "0", True), Outcome("lm_eval:arc_easy", "0", "lm_eval", "0", True)]
+    assert may_share(None, None, named[:1]) and not may_share("needles", None, named[1:])
+    assert may_share("lm_eval:arc", 5, named) and not may_share("lm_eval:arc", 5, named[:1])

@@ -7,16 +7,19 @@ answer, written greedily), `Call` (a function to be called, or none).
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadFile, LabError, UnknownName
 from ..gguf.words import show_path
 from ..memory import checked_integer
 from ..places import folder
 from .matching import number_of
+
+if TYPE_CHECKING:
+    from .outcomes import Outcome
 
 TASKS = ("coding", "tools", "reasoning", "english", "russian")      # as the table shows them; others follow by name
 NEEDLES, LM_EVAL = "needles", "lm_eval:"    # what is no file of items: the task, and the beginning of lm-eval-harness's
@@ -111,6 +114,22 @@ def check_tasks(tasks, limit: int | None = None) -> None:
     for name in names_of(tasks):
         if name != NEEDLES and not str(name).startswith(LM_EVAL):
             task_items(name)
+
+
+def may_share(tasks, limit: int | None, outcomes: Iterable["Outcome"]) -> bool:
+    """Whether one of `outcomes` may be of an item that these tasks ask. Needles are made with the model's vocabulary and
+    lm-eval's items come with their data, so of these only the names say something. Raises as `check_tasks` does."""
+    theirs = {(one.task, one.id, one.digest) for one in outcomes}
+    for name in names_of(tasks):
+        if str(name).startswith(LM_EVAL):           # a group's tasks have names of their own
+            found = any(task.startswith(LM_EVAL) for task, _, _ in theirs)
+        elif name == NEEDLES:
+            found = any(task == NEEDLES for task, _, _ in theirs)
+        else:
+            found = any((called(name), one.id, one.digest) in theirs for one in task_items(name)[:limit])
+        if found:
+            return True
+    return False
 
 
 def check_limit(limit: int | None) -> None:
