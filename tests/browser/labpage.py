@@ -133,7 +133,7 @@ class Notebook:
 
     def ready(self) -> "Notebook":
         """Wait until the notebook is there and its kernel answers; the "idle" sign is a race."""
-        self.page.wait_for_selector(".jp-NotebookPanel:visible .jp-Notebook", timeout=15_000)
+        self.page.wait_for_selector(".jp-NotebookPanel:visible .jp-Notebook", timeout=60_000)
         self.page.evaluate("""async () => {
             const app = window.jupyterapp; await app.restored;
             const panel = app.shell.currentWidget; await panel.context.ready;
@@ -192,8 +192,8 @@ class Notebook:
         """The fit panel, scrolled into view, its chart drawn."""
         self.show("FitExplorer(")
         panel = self.page.locator(".llmlab-fit").first
-        panel.wait_for(timeout=15_000)
-        panel.locator(".js-plotly-plot .main-svg .bars path").first.wait_for(timeout=15_000)
+        panel.wait_for(timeout=60_000)
+        panel.locator(".js-plotly-plot .main-svg .bars path").first.wait_for(timeout=60_000)
         return panel
 
     def bars(self) -> list[list[float]]:
@@ -207,12 +207,12 @@ class Notebook:
             const chart = document.querySelector('.llmlab-fit .js-plotly-plot');
             const bars = chart.data.filter(trace => trace.type === 'bar').map(trace => [...trace.x]);
             return bars.length === wanted.length && bars.every((x, i) => x.length === wanted[i].length
-                && x.every((v, j) => Math.abs(v - wanted[i][j]) < 1e-6)); }""", arg=wanted, timeout=15_000)
+                && x.every((v, j) => Math.abs(v - wanted[i][j]) < 1e-6)); }""", arg=wanted, timeout=60_000)
 
     def wait_words(self, words: str) -> None:
         """Wait until the panel's answer has these words in it."""
         self.page.wait_for_function("""words => document.querySelector('.llmlab-fit [role=status]').innerText
-            .includes(words)""", arg=words, timeout=15_000)
+            .includes(words)""", arg=words, timeout=60_000)
 
     def axis(self) -> list[str]:
         """What is written beside the bars, a text a device."""
@@ -273,6 +273,6 @@ class Notebook:
                 window.pressed = null; }); }""", where)
         for press in range(presses):
             self.page.keyboard.press(keys[press % 2])
-            self.page.wait_for_function("count => window.took.length === count", arg=press + 1, timeout=10_000)
+            self.page.wait_for_function("count => window.took.length === count", arg=press + 1, timeout=60_000)
             self.page.wait_for_timeout(60)
         return self.page.evaluate("() => window.took")

@@ -20,8 +20,8 @@ def fresh(book):
     """The panel as it was made, every fold closed."""
     book.run(f"panel.state.update(**{START!r})\nfor button in panel.folds.buttons.values(): button.value = False")
     book.show("CacheExplorer(model")
-    book.page.locator(PANEL).first.wait_for(timeout=15_000)
-    book.page.locator(f"{PANEL} .js-plotly-plot .main-svg .bars path").first.wait_for(timeout=15_000)
+    book.page.locator(PANEL).first.wait_for(timeout=60_000)
+    book.page.locator(f"{PANEL} .js-plotly-plot .main-svg .bars path").first.wait_for(timeout=60_000)
     shown(book)
 
 
@@ -32,8 +32,8 @@ def shown(book, **settings) -> None:
     book.page.wait_for_function("""([where, x, y]) => {
         const chart = document.querySelectorAll(where + ' .js-plotly-plot')[1], now = chart && chart.data.at(-1);
         return now && now.x.length === 1 && now.x[0] === x && Math.abs(now.y[0] - y) < 1e-6; }""",
-                                arg=[PANEL, now["x"][0], now["y"][0]], timeout=20_000)
-    book.page.locator(f"{PANEL} [role=status]").first.get_by_text(state.answer.partition(": exact")[0]).wait_for(timeout=15_000)
+                                arg=[PANEL, now["x"][0], now["y"][0]], timeout=60_000)
+    book.page.locator(f"{PANEL} [role=status]").first.get_by_text(state.answer.partition(": exact")[0]).wait_for(timeout=60_000)
 
 
 def test_every_cell_runs(book):
@@ -81,7 +81,7 @@ def test_a_reloaded_page_shows_the_present(book):
     book.save()
     book.reload()
     book.show("CacheExplorer(model")
-    book.page.locator(PANEL).first.wait_for(timeout=15_000)
+    book.page.locator(PANEL).first.wait_for(timeout=60_000)
     shown(book, context=49152)
     book.handle(PANEL, "context").focus()
     book.page.keyboard.press("ArrowRight")    # and it is still live
@@ -93,18 +93,18 @@ def test_the_numbers_themselves_are_drawn(book, shots):
     book.run("panel.state.update(kv='q4_0'); panel.heat.update(layer=0, head=0, side='K', rotated=False)")
     panel.get_by_role("button", name="▸ inside the cache").click()
     panel.get_by_role("button", name="where it is worst").click()
-    panel.get_by_role("status").get_by_text("Keys of layer 19, KV head 0,").wait_for(timeout=20_000)
+    panel.get_by_role("status").get_by_text("Keys of layer 19, KV head 0,").wait_for(timeout=60_000)
     page.wait_for_timeout(400)
     panel.screenshot(path=shots / "cache-heat.png")
     before = page.evaluate("where => document.querySelectorAll(where + ' .js-plotly-plot')[3].data[2].zmax", PANEL)
     panel.get_by_label("rotated").focus()
     page.keyboard.press("Space")
-    panel.get_by_role("status").get_by_text("KV head 0 rotated").wait_for(timeout=20_000)
+    panel.get_by_role("status").get_by_text("KV head 0 rotated").wait_for(timeout=60_000)
     page.wait_for_function("""([where, before]) => document.querySelectorAll(where + ' .js-plotly-plot')[3].data[2].zmax
-        < 0.8 * before""", arg=[PANEL, before], timeout=15_000)
+        < 0.8 * before""", arg=[PANEL, before], timeout=60_000)
     panel.screenshot(path=shots / "cache-heat-rotated.png")
     panel.get_by_label("of", exact=True).select_option("values")
-    panel.get_by_role("status").get_by_text("Values of layer 19").wait_for(timeout=20_000)
+    panel.get_by_role("status").get_by_text("Values of layer 19").wait_for(timeout=60_000)
     assert book.overflow(PANEL) == []
 
 

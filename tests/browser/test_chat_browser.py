@@ -93,5 +93,5 @@ def test_options_and_errors_and_a_new_page(book, shots):
     book.settle()
     book.reload()
     again = page.locator(".llmlab-chat .llmlab-turn")
-    again.first.wait_for(timeout=15_000)
+    again.first.wait_for(timeout=60_000)
     assert again.count() == 6 and again.last.inner_text().endswith("for")

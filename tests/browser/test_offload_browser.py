@@ -22,8 +22,8 @@ def fresh(book):
              f"panel.run.update(tokens=24); panel.state.update(**{START!r})\n"
              "for button in panel.folds.buttons.values(): button.value = False")
     book.show("OffloadExplorer()")
-    book.page.locator(PANEL).first.wait_for(timeout=15_000)
-    book.page.locator(f"{PANEL} .js-plotly-plot .main-svg .bars path").first.wait_for(timeout=15_000)
+    book.page.locator(PANEL).first.wait_for(timeout=60_000)
+    book.page.locator(f"{PANEL} .js-plotly-plot .main-svg .bars path").first.wait_for(timeout=60_000)
     shown(book)
 
 
@@ -33,8 +33,8 @@ def shown(book, **settings) -> None:
     counts = [len(trace["x"]) for trace in tiers_picture(state.look)["data"]]
     book.page.wait_for_function("""([where, counts]) => {
         const chart = document.querySelector(where + ' .js-plotly-plot');
-        return chart && counts.every((count, i) => chart.data[i].x.length === count); }""", arg=[PANEL, counts], timeout=20_000)
-    book.page.locator(f"{PANEL} [role=status]").first.get_by_text(state.answer.partition(". ")[0]).wait_for(timeout=15_000)
+        return chart && counts.every((count, i) => chart.data[i].x.length === count); }""", arg=[PANEL, counts], timeout=60_000)
+    book.page.locator(f"{PANEL} [role=status]").first.get_by_text(state.answer.partition(". ")[0]).wait_for(timeout=60_000)
 
 
 def test_every_cell_runs(book):
@@ -81,7 +81,7 @@ def test_a_reloaded_page_shows_the_present(book):
     book.save()
     book.reload()
     book.show("OffloadExplorer()")
-    book.page.locator(PANEL).first.wait_for(timeout=15_000)
+    book.page.locator(PANEL).first.wait_for(timeout=60_000)
     shown(book, ram_budget=stops[-2])
     book.handle(PANEL, "in RAM").focus()
     book.page.keyboard.press("ArrowLeft")     # and it is still live
@@ -93,7 +93,7 @@ def test_it_runs_while_the_kernel_is_free_and_can_be_stopped(book, shots):
     panel.get_by_role("button", name="run here: SmolLM2").click()
     start, stop = (panel.get_by_role("button", name=name, exact=True).first for name in ("run", "stop"))
     page.wait_for_function("where => !document.querySelector(where + ' button.mod-primary').disabled", arg=PANEL,
-                           timeout=20_000)
+                           timeout=60_000)
     book.run("panel.run.update(tokens=96)")
     start.click()
     panel.get_by_role("status").get_by_text("tokens/s so far").wait_for(timeout=120_000)
@@ -102,7 +102,7 @@ def test_it_runs_while_the_kernel_is_free_and_can_be_stopped(book, shots):
     timeline = """where => { const chart = document.querySelectorAll(where + ' .js-plotly-plot')[2];
         return chart && chart.data.some(trace => trace.name === 'reading' && trace.x.length)
             && chart.data.some(trace => trace.name === 'computing' && trace.x.length); }"""
-    page.wait_for_function(timeline, arg=PANEL, timeout=30_000)
+    page.wait_for_function(timeline, arg=PANEL, timeout=60_000)
     panel.screenshot(path=shots / "offload-running.png")
     stop.focus()
     page.keyboard.press("Enter")
@@ -111,10 +111,10 @@ def test_it_runs_while_the_kernel_is_free_and_can_be_stopped(book, shots):
     start.click()
     panel.get_by_role("status").get_by_text("measured over 6 tokens").wait_for(timeout=180_000)
     panel.get_by_role("button", name="▸ predicted against measured").click()
-    panel.get_by_role("status").get_by_text("Of 1 placement").wait_for(timeout=15_000)
+    panel.get_by_role("status").get_by_text("Of 1 placement").wait_for(timeout=60_000)
     assert panel.locator(".llmlab-rows:visible").locator("tbody tr").count() == 1
     page.wait_for_function("where => document.querySelectorAll(where + ' .js-plotly-plot')[1].data[3].y.length === 1",
-                           arg=PANEL, timeout=15_000)
+                           arg=PANEL, timeout=60_000)
     panel.screenshot(path=shots / "offload-ran.png")
     assert book.overflow(PANEL) == []
 

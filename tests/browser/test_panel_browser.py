@@ -191,8 +191,8 @@ def test_the_chart_is_saved(book, browser, tmp_path):
 def the_map(book):
     book.show("FitMapExplorer(")
     found = book.page.locator(".llmlab-map").first
-    found.wait_for(timeout=15_000)
-    found.locator(".js-plotly-plot .hm image").wait_for(timeout=15_000)
+    found.wait_for(timeout=60_000)
+    found.locator(".js-plotly-plot .hm image").wait_for(timeout=60_000)
     return found
 
 
@@ -203,7 +203,7 @@ SHOWN = """() => { const data = document.querySelector('.llmlab-map .js-plotly-p
 def wait_map(book, found) -> None:
     """Wait until the map's chart shows a FitMap."""
     book.page.wait_for_function(f"wanted => JSON.stringify(({SHOWN})()) === JSON.stringify(wanted)",
-                                arg=[len(found.models), len(found.cards), found.count()], timeout=15_000)
+                                arg=[len(found.models), len(found.cards), found.count()], timeout=60_000)
 
 
 def test_the_map_by_keyboard_and_by_mouse(book):

@@ -19,8 +19,8 @@ def fresh(book):
     """The panel as the notebook leaves it, every fold closed."""
     book.run(f"panel.state.update(**{START!r})\nfor button in panel.folds.buttons.values(): button.value = False")
     book.show("QuantizationExplorer(tensor")
-    book.page.locator(PANEL).first.wait_for(timeout=15_000)
-    book.page.locator(f"{PANEL} .js-plotly-plot .main-svg .points path").first.wait_for(timeout=15_000)
+    book.page.locator(PANEL).first.wait_for(timeout=60_000)
+    book.page.locator(f"{PANEL} .js-plotly-plot .main-svg .points path").first.wait_for(timeout=60_000)
     shown(book)
 
 
@@ -31,9 +31,9 @@ def shown(book, **settings) -> None:
     book.page.wait_for_function("""([where, wanted]) => {
         const chart = document.querySelector(where + ' .js-plotly-plot'), drawn = chart && [...chart.data[2].y];
         return drawn && drawn.length === wanted.length && drawn.every((v, i) => Math.abs(v - wanted[i]) < 1e-6); }""",
-                                arg=[PANEL, wanted], timeout=15_000)
+                                arg=[PANEL, wanted], timeout=60_000)
     said = book.page.locator(f"{PANEL} [role=status]").first
-    said.get_by_text(f"Rounded to {state.toy.name} ").wait_for(timeout=15_000)
+    said.get_by_text(f"Rounded to {state.toy.name} ").wait_for(timeout=60_000)
 
 
 def test_every_cell_runs(book):
@@ -93,7 +93,7 @@ def test_a_reloaded_page_shows_the_present(book):
     book.save()
     book.reload()
     book.show("QuantizationExplorer(tensor")
-    book.page.locator(PANEL).first.wait_for(timeout=15_000)
+    book.page.locator(PANEL).first.wait_for(timeout=60_000)
     shown(book, bits=5)
     book.handle(PANEL, "bits").focus()
     book.page.keyboard.press("ArrowRight")    # and it is still live
@@ -109,7 +109,7 @@ def test_two_models_answer_side_by_side(book, shots):
     ask.fill("Why is the sky blue?")
     ask.press("Enter")
     coming = panel.locator("[aria-live=off] .llmlab-turn")
-    coming.first.wait_for(timeout=30_000)
+    coming.first.wait_for(timeout=60_000)
     book.run("assert panel.twin.running, 'the kernel is free meanwhile'")
     assert panel.get_by_role("button", name="run both").is_disabled()
     panel.get_by_role("status").get_by_text("measured over 254 tokens").wait_for(timeout=90_000)
@@ -119,7 +119,7 @@ def test_two_models_answer_side_by_side(book, shots):
     panel.screenshot(path=shots / "quantization-twin.png")
     ask.press("Enter")
     panel.get_by_role("button", name="stop").click()
-    panel.get_by_role("status").get_by_text("Stopped.").wait_for(timeout=30_000)
+    panel.get_by_role("status").get_by_text("Stopped.").wait_for(timeout=60_000)
     assert book.overflow(PANEL) == []
 
 
@@ -128,7 +128,7 @@ def test_it_can_be_read_in_both_themes(book, shots, size):
     book.page.set_viewport_size({"width": size[0], "height": size[1]})
     panel = book.page.locator(PANEL)
     panel.get_by_role("button", name="▸ published quality").click()
-    panel.locator(".js-plotly-plot").nth(2).locator(".main-svg text").first.wait_for(timeout=15_000)
+    panel.locator(".js-plotly-plot").nth(2).locator(".main-svg text").first.wait_for(timeout=60_000)
     panel.get_by_label("up", exact=True).select_option("mean KL divergence, nats")
     panel.locator(".js-plotly-plot").nth(2).get_by_text("mean KL divergence, nats").wait_for()
     book.readable(PANEL, shots / f"quantization-{size[0]}", 40)

@@ -18,8 +18,8 @@ def fresh(book):
              f"panel.state.update(**{START!r})\n"
              "for button in panel.folds.buttons.values(): button.value = False")
     book.show("ServingExplorer()")
-    book.page.locator(PANEL).first.wait_for(timeout=15_000)
-    book.page.locator(f"{PANEL} .js-plotly-plot .main-svg .heatmaplayer image").first.wait_for(timeout=15_000, state="attached")
+    book.page.locator(PANEL).first.wait_for(timeout=60_000)
+    book.page.locator(f"{PANEL} .js-plotly-plot .main-svg .heatmaplayer image").first.wait_for(timeout=60_000, state="attached")
     shown(book)
 
 
@@ -29,8 +29,8 @@ def shown(book, **settings) -> None:
     book.page.wait_for_function("""([where, count]) => {
         const chart = document.querySelector(where + ' .js-plotly-plot');
         return chart && chart.data[0].z.flat().filter(code => code !== null).length === count; }""",
-                                arg=[PANEL, state.here.blocks], timeout=20_000)
-    book.page.locator(f"{PANEL} [role=status]").first.get_by_text(state.answer.partition(": ")[0]).wait_for(timeout=15_000)
+                                arg=[PANEL, state.here.blocks], timeout=60_000)
+    book.page.locator(f"{PANEL} [role=status]").first.get_by_text(state.answer.partition(": ")[0]).wait_for(timeout=60_000)
 
 
 def test_every_cell_runs(book):
@@ -76,7 +76,7 @@ def test_a_reloaded_page_shows_the_present(book):
     book.save()
     book.reload()
     book.show("ServingExplorer()")
-    book.page.locator(PANEL).first.wait_for(timeout=15_000)
+    book.page.locator(PANEL).first.wait_for(timeout=60_000)
     shown(book, memory="20 MiB")
     book.handle(PANEL, "KV cache").focus()
     book.page.keyboard.press("ArrowRight")    # and it is still live
@@ -102,7 +102,7 @@ def test_blocks_fill_and_free_while_the_kernel_is_free(book, shots):
     start.click()
     panel.get_by_role("status").get_by_text("4 requests, paged: ").nth(0).wait_for(timeout=120_000)
     page.wait_for_function("""where => { const chart = document.querySelector(where + ' .js-plotly-plot');
-        return chart.data[0].z.flat().every(code => code === null || code < 2); }""", arg=PANEL, timeout=15_000)
+        return chart.data[0].z.flat().every(code => code === null || code < 2); }""", arg=PANEL, timeout=60_000)
     bars = page.evaluate("""where => document.querySelectorAll(where + ' .js-plotly-plot')[1].data
         .map(trace => [trace.name, trace.x.length])""", PANEL)
     assert dict(bars)["writing"] >= 4
