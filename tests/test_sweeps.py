@@ -327,13 +327,15 @@ def test_what_cannot_be_told_is_refused_unless_a_key_says_it():
 def test_a_damaged_file_is_computed_again_and_said(tmp_path):
     grid = {"x": [1, 2, 3, 4]}
     folder = sweep(pair, grid, progress=False).folder
-    cut, changed, foreign, _ = sorted(folder.iterdir())
+    cut, changed, foreign, old = sorted(folder.iterdir())
     cut.write_bytes(cut.read_bytes()[:-3])
     changed.write_bytes(changed.read_bytes()[:-3] + b"abc")
     foreign.write_bytes(b"")
+    old.write_bytes(b"llmlab result 1\n" + bytes(50))
     again = sweep(pair, grid, progress=False)
-    assert again.found == 1 and [row["total"] for row in again.table] == [2, 3, 4, 5]
-    assert len(again.notes) == 3 and again.answer.count("was computed again") == 3 and cut.name in again.answer
+    assert again.found == 0 and [row["total"] for row in again.table] == [2, 3, 4, 5]
+    assert len(again.notes) == 4 and again.answer.count("was computed again") == 4 and cut.name in again.answer
+    assert "an older llmlab kept it otherwise" in again.answer
     assert sweep(pair, grid, progress=False).found == 4
 
 
@@ -389,12 +391,41 @@ def test_the_first_failure_is_raised_if_asked_for_and_what_is_done_stays():
     assert sweep(failing, {"x": [0, 2]}, progress=False).found == 1
 
 
-def test_what_leaves_or_cannot_be_kept_is_a_failure_too():
-    def leaving(x):
-        return sys.exit("enough") if x else threading.Lock()
+def test_what_leaves_is_a_failure_too():
+    done = sweep(lambda x: sys.exit("enough") if x else 1, {"x": [0, 1]}, progress=False)
+    assert [one.error for one in done.failures] == ["SystemExit: enough"]
 
-    done = sweep(leaving, {"x": [0, 1]}, progress=False)
-    assert [one.error.split(":")[0] for one in done.failures] == ["TypeError", "SystemExit"]
+
+def unkeepable(x: int):
+    """A function, which travels and is not kept; a lock, which does neither; a number."""
+    return (lambda: x + 5) if x == 0 else threading.Lock() if x == 1 else x
+
+
+@pytest.mark.parametrize("options", [{}, {"n_jobs": 2}], ids=["here", "loky"])
+def test_what_cannot_be_kept_is_there_all_the_same_and_said(options):
+    done = sweep(unkeepable, {"x": [0, 1, 2]}, progress=False, **options)
+    assert done.results[0]() == 5 and done.results[2] == 2
+    if options:
+        assert "is lost: lock cannot be kept; return numbers" in done.failures[0].error and (
+            "; TypeError: cannot pickle" in done.failures[0].error)
+    else:
+        assert done.results[1].acquire() and not done.failures
+    assert [one for one in done.notes if "could not be kept (function cannot be kept; return numbers, " in one] and (
+        "the next call computes them again" in done.answer)
+    assert len(list(done.folder.glob("*.result"))) == 1
+    again = sweep(unkeepable, {"x": [0, 2]}, progress=False)
+    assert (again.found, again.results[0]()) == (1, 5) and again.notes[0].startswith("1 result could not be kept")
+
+
+def test_what_is_new_and_fails_or_is_not_kept_hides_behind_no_old_result(tmp_path):
+    def now(x):
+        return {"good": 1, "worse": object()}.get(mode[0]) or 1 / 0
+
+    mode, grid = ["good"], {"x": [1]}
+    for mode[0] in ("bad", "worse"):
+        sweep(lambda x: 1, grid, key=1, folder=tmp_path, progress=False)
+        sweep(now, grid, key=1, folder=tmp_path, fresh=True, progress=False)
+        assert sweep(now, grid, key=1, folder=tmp_path, progress=False).found == 0
 
 
 def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on():

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import import_module
 from itertools import product
 from numbers import Number
 from pathlib import Path
@@ -104,8 +105,9 @@ def sweep(function: Callable, grid: Mapping[str, Sequence] | Sequence[Mapping], 
         backend: joblib's: "loky" (processes here) where None, "threading", "dask" (the `Client` that is open) or "ray" (what
             `ray.init` connected to). The last two come with `pip install llmlab[cluster]`. A function of your own module or
             notebook travels there with all it reads; libraries, and files, must be there.
-        folder: where results are kept, a file a point (`plain` says what may be: numbers, texts, arrays, dataclasses of them);
-            LLMLAB's cache, sweeps/NAME, where None. Written by this process alone, as each result arrives: workers need no
+        folder: where results are kept, a file a point; LLMLAB's cache, sweeps/NAME, where None. `plain` says what may be kept:
+            numbers, texts, arrays, dataclasses of them, what llmlab answers. Anything else is in `results` all the same, said
+            in `notes`, and computed again next time. Written by this process alone, as each result arrives: workers need no
             common disk.
         name: of that folder, and of the progress bar; the function's where None.
         key: stands for the function where its content cannot be told or should not count, and for whatever else a result
@@ -153,6 +155,7 @@ class _Run:
         self.values: dict[str, object] = {}
         self.failed: dict[str, tuple[str, str]] = {}
         self.found, self.work, self.workers, self.damaged = 0, 0.0, {}, []
+        self.unkept: dict[str, str] = {}                 # why, where `values` has what the folder has not
         self.began = time.perf_counter()
 
     def find(self) -> None:
@@ -182,29 +185,45 @@ class _Run:
         """Keeps what a call came to, on the disk too. Returns an error's line, or ""."""
         self.work += done.seconds
         self.workers[done.worker] = None
-        error, lines = done.error, done.traceback
+        error, lines, unkept = done.error, done.traceback, done.unkept
         if done.returned is not None:
+            try:                                         # in this process too: what is found again is no other
+                value, unkept = decoded(done.returned, import_module), ""
+            except Exception as wrong:
+                unkept = line_of(wrong)
+        if unkept and not error:
             try:
-                value = decoded(done.returned)           # in this process too: what is found again is no other
-            except Exception as unkept:
-                error = f"what it returned cannot be kept: {line_of(unkept)}"
+                value = done.brought()
+            except Exception as wrong:
+                error = f"what it returned is lost: {unkept}; {line_of(wrong).removeprefix('ValueError: ')}"
         if error:
             self.failed[key] = error, lines
             self.kept.put_failure(key, f"{_shown(self.points[self.keys.index(key)])}\n{error}\n\n{lines}")
+            return error
+        if unkept:
+            self.unkept[key] = unkept
+            self.kept.remove(key)
         else:
             self.kept.put(key, done.seconds, done.returned)
-            self.values[key] = value
-        return error
+        self.values[key] = value
+        return ""
 
     def so_far(self) -> Sweep:
         failures = tuple(Failure(point, *self.failed[key]) for key, point in zip(self.keys, self.points, strict=True)
                          if key in self.failed)
         return Sweep(self.name, tuple(self.points), tuple(self.values.get(key) for key in self.keys),
                      tuple(key in self.values for key in self.keys), failures, self.kept.folder, self.found, self.work,
-                     time.perf_counter() - self.began, tuple(filter(None, self.workers)), tuple(self.damaged))
+                     time.perf_counter() - self.began, tuple(filter(None, self.workers)),
+                     tuple(filter(None, (*self.damaged, self.unkept_words()))))
+
+    def unkept_words(self) -> str:
+        if not self.unkept:
+            return ""
+        many, why = sum(key in self.unkept for key in self.keys), next(iter(self.unkept.values()))
+        return f"{many} result{'s' if many > 1 else ''} could not be kept ({why}); the next call computes them again"
 
     def kept_words(self) -> str:
-        done = sum(key in self.values for key in self.keys)
+        done = sum(key in self.values and key not in self.unkept for key in self.keys)
         return f"{done} of {len(self.keys)} points are kept in {show_path(str(self.kept.folder))}"
 
 

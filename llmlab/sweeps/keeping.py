@@ -34,6 +34,8 @@ class Kept:
             return None
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from None
+        if data.startswith(b"llmlab result 1\n"):
+            raise ValueError("an older llmlab kept it otherwise")
         body = data[len(_HEAD) + 32:]
         if not data.startswith(_HEAD) or hashlib.sha256(body).digest() != data[len(_HEAD):len(_HEAD) + 32]:
             raise ValueError("it is cut off or was changed")
@@ -46,8 +48,14 @@ class Kept:
         self.path(key).with_suffix(".failure").unlink(missing_ok=True)
 
     def put_failure(self, key: str, text: str) -> None:
-        """Raises LabError where the file cannot be written."""
+        """In place of a result, which would hide it from the next call. Raises LabError where the file cannot be written."""
         self._write(self.path(key).with_suffix(".failure"), text.encode("utf-8", "replace"))
+        self.path(key).unlink(missing_ok=True)
+
+    def remove(self, key: str) -> None:
+        """What an earlier call has left of it."""
+        self.path(key).unlink(missing_ok=True)
+        self.path(key).with_suffix(".failure").unlink(missing_ok=True)
 
     def _write(self, path: Path, data: bytes) -> None:
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")

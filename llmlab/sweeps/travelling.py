@@ -17,20 +17,27 @@ from dataclasses import dataclass
 import cloudpickle
 
 from .contents import is_own
-from .plain import encoded
+from .plain import decoded, encoded
 
 _CACHED = type(functools.lru_cache(len))
 
 
+def _unsent(why: str = "it was sent as what is kept alone") -> None:
+    raise ValueError(why)
+
+
 @dataclass(frozen=True)
 class Done:
-    """A call that has ended: what it returned, as `plain.encoded` has it, or why there is nothing."""
+    """A call that has ended: what it returned, as `plain.encoded` has it, or why there is nothing. Where it cannot be kept,
+    `unkept` says why, and `brought()` returns it all the same."""
 
     seconds: float
     worker: str
     returned: bytes | None = None
     error: str = ""
     traceback: str = ""
+    unkept: str = ""
+    brought: Callable[[], object] = _unsent
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -84,11 +91,27 @@ def called(key: str, function: bytes | Callable, point: bytes | dict) -> tuple[s
         apart = isinstance(function, bytes)
         given = cloudpickle.loads(point) if apart else point
         value = (_unpacked(function) if apart else function)(**given)
-        took = time.perf_counter() - began
-        return key, Done(took, worker, encoded(value))
+        return key, _returned(value, apart, time.perf_counter() - began, worker)
     except (Exception, SystemExit) as error:
         lines = traceback.format_exception(error)
         return key, Done(time.perf_counter() - began, worker, None, line_of(error), "".join(lines))
+
+
+def _returned(value: object, apart: bool, took: float, worker: str) -> Done:
+    """Bytes to keep; where there can be none, or these may not open elsewhere, the value too: hours of work are not lost."""
+    data, unkept, brought = None, "", _unsent
+    try:
+        data = encoded(value)
+        if apart:
+            decoded(data)
+    except Exception as error:
+        unkept = line_of(error).removeprefix("TypeError: ")
+    try:
+        if unkept and apart:
+            brought = functools.partial(cloudpickle.loads, packed(value))
+    except Exception as error:
+        brought = functools.partial(_unsent, line_of(error))
+    return Done(took, worker, data, unkept=unkept, brought=brought if apart else lambda: value)
 
 
 def line_of(error: BaseException) -> str:
