@@ -355,6 +355,60 @@ def test_several_processes_may_write_the_same_result(tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["k.result"]
 
 
+LATE = """
+from dataclasses import dataclass
+@dataclass
+class Thing:
+    x: int
+"""
+
+
+def late(x: int, folder: str):
+    """Returns what is of a module that only it imports, in a worker perhaps."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    from late_of_mine.things import Thing
+
+    return Thing(x)
+
+
+def later(x: int):
+    return importlib.import_module("late_of_mine.things").Thing(x)
+
+
+@pytest.fixture
+def late_module(tmp_path, monkeypatch):
+    (tmp_path / "late_of_mine").mkdir()
+    (tmp_path / "late_of_mine" / "__init__.py").touch()
+    (tmp_path / "late_of_mine" / "things.py").write_text(LATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield str(tmp_path)
+    forgotten()
+
+
+def forgotten() -> None:
+    for name in [name for name in sys.modules if name.startswith("late_of_mine")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("options", [{}, {"n_jobs": 2}], ids=["here", "loky"])
+def test_a_result_of_a_module_that_is_not_imported_yet_is_kept_and_found(options, late_module):
+    grid = {"x": [1, 2], "folder": [late_module]}
+    for found in (0, 2):
+        done = sweep(late, grid, progress=False, **options)
+        assert ([one.x for one in done.results], done.found, done.notes) == ([1, 2], found, ())
+        assert type(done.results[0]) is sys.modules["late_of_mine.things"].Thing
+        forgotten()
+
+
+def test_finding_a_result_imports_nothing_that_the_function_does_not_name(late_module):
+    sweep(later, {"x": [1]}, progress=False)
+    forgotten()
+    done = sweep(later, {"x": [1, 2]}, progress=False)
+    assert done.found == 0 and [one.x for one in done.results] == [1, 2]
+    assert "which is not imported here; import late_of_mine.things first" in done.notes[0]
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from importlib import import_module
 from itertools import product
 from numbers import Number
@@ -18,7 +19,7 @@ from ..errors import LabError
 from ..gguf.words import show_path
 from ..units import format_seconds
 from .backends import Backend, backend_of
-from .contents import key_of, name_of
+from .contents import bring, key_of, name_of
 from .keeping import Kept
 from .plain import decoded
 from .travelling import Done, by_value, called, line_of, packed
@@ -136,7 +137,7 @@ def sweep(function: Callable, grid: Mapping[str, Sequence] | Sequence[Mapping], 
     kept = Kept(Path(folder) if folder else places.cache() / "sweeps" / _safe(name or name_of(function)))
     run = _Run(name or name_of(function), points, keys, kept, progress)
     if not fresh:
-        run.find()
+        run.find(partial(bring, function))
     try:
         run.compute(function, used, on_error == "raise")
     except KeyboardInterrupt:
@@ -158,14 +159,14 @@ class _Run:
         self.unkept: dict[str, str] = {}                 # why, where `values` has what the folder has not
         self.began = time.perf_counter()
 
-    def find(self) -> None:
-        """What the folder has; what is damaged there is computed again."""
+    def find(self, bring: Callable[[str], None]) -> None:
+        """What the folder has; what is damaged there is computed again. `bring` may import what a result's class is of."""
         for key in dict.fromkeys(self.keys):
             try:
                 if (got := self.kept.get(key)) is not None:
-                    self.values[key] = decoded(got[1])
+                    self.values[key] = decoded(got[1], bring)
             except Exception as error:                   # whatever damaged or foreign bytes do
-                self.damaged.append(f"{show_path(str(self.kept.path(key)))} could not be used ({line_of(error)[:100]}) and was "
+                self.damaged.append(f"{show_path(str(self.kept.path(key)))} could not be used ({line_of(error)[:240]}) and was "
                                     "computed again")
         self.found = sum(key in self.values for key in self.keys)
 
@@ -187,7 +188,7 @@ class _Run:
         self.workers[done.worker] = None
         error, lines, unkept = done.error, done.traceback, done.unkept
         if done.returned is not None:
-            try:                                         # in this process too: what is found again is no other
+            try:        # in this process too: what is found again is no other. Its classes are of the function's own modules
                 value, unkept = decoded(done.returned, import_module), ""
             except Exception as wrong:
                 unkept = line_of(wrong)

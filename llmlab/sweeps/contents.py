@@ -1,14 +1,18 @@
 """What a value or a function is, as a hash of its content: the same in every process, another where a result may be another."""
 
+import contextlib
 import dis
 import functools
 import hashlib
+import inspect
 import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from importlib import import_module
+from importlib.util import resolve_name
 from pathlib import Path
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 
@@ -199,6 +203,38 @@ def _chains(code: CodeType) -> set[tuple[str, ...]]:
             chain = (*chain, step.argval) if chain and step.opname in ("LOAD_ATTR", "LOAD_METHOD") else ()
         found |= {chain} if len(chain) > 1 else set()
     return found.union(*(_chains(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _imports(code: CodeType, package: str) -> set[tuple[str, ...]]:
+    """Modules that code imports as it runs, each with the names it takes from it, in functions inside it too."""
+    found, before = set(), [None, None]                  # two constants come first: how far up, and the names
+    for step in dis.get_instructions(code):
+        if step.opname == "IMPORT_NAME":
+            up, names = before
+            with contextlib.suppress(ImportError):       # beyond the top: it fails when it runs
+                module = resolve_name("." * up + step.argval, package) if up else step.argval
+                found.add((module, *(names or ())))
+        if step.opname != "EXTENDED_ARG":
+            before = [before[1], step.argval]
+    return found.union(*(_imports(inner, package) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _package(names: dict) -> str:
+    """Of a module, or of what is in one, by its globals."""
+    return names.get("__package__") or (names.get("__name__") or "").rpartition(".")[0]
+
+
+def bring(function: Callable, module: str) -> None:
+    """Imports a module if a function's own code names it, or its package; else does nothing."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    inner = inspect.unwrap(function)
+    named = {getattr(inner, "__module__", None) or ""}
+    if isinstance(inner, FunctionType):
+        for one, *names in _imports(inner.__code__, _package(inner.__globals__)):
+            named |= {one} | {f"{one}.{name}" for name in names if f"{one}.{name}" == module}
+    for one in sorted(named & {module}) or sorted(name for name in named if name.partition(".")[0] == module.partition(".")[0]):
+        import_module(one)
 
 
 def _named(value: object, module: str, qualified: str) -> bool:
