@@ -15,6 +15,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import uuid
 from dataclasses import dataclass
 from enum import Enum
@@ -28,7 +29,7 @@ from joblib.externals.loky import get_reusable_executor
 import llmlab
 from llmlab.errors import LabError
 from llmlab.sweeps import backends, sweep
-from llmlab.sweeps.contents import key_of
+from llmlab.sweeps.contents import is_own, key_of
 from llmlab.sweeps.keeping import Kept
 
 TOP = Path(__file__).resolve().parent.parent
@@ -230,6 +231,90 @@ def test_another_function_has_another_key_wherever_the_difference_lies():
     assert len(set(keys)) == len(keys)
     assert keys == [key_of(("f", one)) for one in functions]
     assert key_of(("f", made("x + 1"))) == keys[1] and key_of(("f", inner(2))) == keys[9]
+
+
+def defined(text: str, name: str = "f"):
+    """What a text defines, as if it were in a notebook."""
+    exec(textwrap.dedent(text), space := {"__name__": "__main__"})
+    return space[name]
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("def f(x, kw): return kw", "def f(x, **kw): return kw"), ("def f(x, kw): return kw", "def f(x, *kw): return kw"),
+    ("def f(x, y): return x", "def f(x, /, y): return x"), ("def f(x, y): return x", "def f(x, *, y): return x"),
+    ("""
+     def f(x):
+        try:
+            y = g(x)
+            return h(y)
+        except ValueError:
+            return 0""", """
+     def f(x):
+        try:
+            y = g(x)
+        except ValueError:
+            return 0
+        else:
+            return h(y)"""),
+    ("""
+     class Conf:
+         TABLE = {"a": 1}
+     def f(x): return Conf.TABLE[x]""", """
+     class Conf:
+         TABLE = {"a": 2}
+     def f(x): return Conf.TABLE[x]"""),
+    *((f"class C:\n    A = {one}\ndef f(x): return C.A", f"class C:\n    A = {other}\ndef f(x): return C.A")
+      for one, other in (("(1, 2)", "(1, 3)"), ("[1]", "[2]"), ("{1}", "{2}"), ("__import__('functools').partial(len, 1)",
+                         "__import__('functools').partial(len, 2)"), ("__import__('re').I", "__import__('re').M"),
+                         ("__import__('functools').partialmethod(len, 1)", "__import__('functools').partialmethod(len, 2)"),
+                         ("__import__('functools').cache(lambda self: 1)", "__import__('functools').cache(lambda self: 2)"))),
+    ("import enum\nclass C(enum.Enum):\n    A = 1\ndef f(x): return C.A",
+     "import enum\nclass C(enum.Enum):\n    A = 2\ndef f(x): return C.A")])
+def test_an_edit_of_a_signature_a_clause_or_a_class_has_another_key(one, other):
+    assert key_of(("f", defined(one))) == key_of(("f", defined(one))) != key_of(("f", defined(other)))
+
+
+def test_a_class_whose_content_cannot_be_told_is_refused():
+    with pytest.raises(LabError, match="C, which f.. reads,.TABLE is of type object, whose content cannot be told"):
+        key_of(("f", defined("class C:\n    TABLE = [object()]\ndef f(x): return C.TABLE")))
+
+
+def imports_inside(x: int):
+    import inside_of_mine.scaling as scaling
+    from inside_of_mine.deeper import other
+
+    return scaling.scaled(x) + scaling.SCALE + other.ONE
+
+
+def test_what_a_function_imports_as_it_runs_counts(tmp_path, monkeypatch):
+    """By its file, and the files that one imports; whether it is imported already makes no difference."""
+    package = tmp_path / "inside_of_mine"
+    (package / "deeper").mkdir(parents=True)
+    texts = {"__init__": "", "scaling": "def scaled(x): return x * SCALE\nfrom .scale import SCALE", "scale": "SCALE = 2",
+             "deeper/__init__": "", "deeper/other": "from .. import one\nONE = one.ONE", "one": "ONE = 1"}
+    for name, text in texts.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    first = key_of(("f", imports_inside))
+    assert "inside_of_mine" not in sys.modules
+    assert imports_inside(1) == 5 and key_of(("f", imports_inside)) == first
+    keys = {first}
+    for name, text in texts.items():
+        (package / f"{name}.py").write_text(f"{text}  # said otherwise")
+        assert key_of(("f", imports_inside)) in keys
+        (package / f"{name}.py").write_text(f"{text}\nMORE = 1")
+        keys.add(key_of(("f", imports_inside)))
+    assert len(keys) == 7
+    (package / "one.py").write_text("not Python")
+    assert key_of(("f", imports_inside)) not in keys
+
+
+@pytest.mark.parametrize(("file", "own"), [
+    ("/home/a/.local/lib/python3.11/site-packages/x.py", False), ("/usr/lib/python3/dist-packages/x/y.py", False),
+    (os.__file__, False), (os.path.dirname(os.__file__) + "-mine/x.py", True), ("/home/a/study.py", True), (None, False)])
+def test_libraries_are_told_from_your_own_by_where_they_lie(file, own, monkeypatch):
+    monkeypatch.setitem(sys.modules, "some_module", types.SimpleNamespace(__file__=file))
+    assert is_own("some_module") == own
 
 
 class Colour(Enum):

@@ -10,19 +10,23 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
-from enum import Enum
+from enum import Enum, Flag
 from importlib import import_module
+from importlib.machinery import PathFinder
 from importlib.util import resolve_name
 from pathlib import Path
-from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 
 import numpy as np
 
 from ..errors import LabError
 
 _PLAIN = (type(None), bool, int, float, complex, bytes, range, slice, type(...))
+_HELD = (tuple, list, dict, set, frozenset, Enum, type, os.PathLike, np.ndarray, np.generic, functools.partial)
 _EMPTY = CellType()
-_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_TAKES_MORE = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+_LIBRARIES = tuple(os.path.join(sysconfig.get_paths()[name], "") for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_INSTALLED = {"site-packages", "dist-packages"}          # a user's own, a system's: not all are among those paths
 
 
 def key_of(*values: tuple[str, object]) -> str:
@@ -31,8 +35,9 @@ def key_of(*values: tuple[str, object]) -> str:
     Plain values, tuples, lists, sets, dicts (in any order), enums, dataclasses, numpy's and torch's arrays and dtypes count by
     what is in them. A path, or a string that is the path of a file here, counts by where it lies, its size and its time; a
     folder by its entries. A function of your own counts by its compiled code (comments do not), its defaults, what it closes
-    over and the globals it reads, further functions and classes of yours among them, to the last; what comes from a library,
-    and llmlab itself, by name and version. Raises LabError for anything else: whose content cannot be told.
+    over and the globals it reads, further functions and classes of yours among them, to the last, and the files of your modules
+    that it imports as it runs; what comes from a library, and llmlab itself, by name and version. Raises LabError for anything
+    else: whose content cannot be told.
     """
     told = _Told()
     for name, value in values:
@@ -49,6 +54,7 @@ class _Told:
 
     def __init__(self, seen: dict[int, tuple] | None = None):
         self.digest, self.seen = hashlib.sha256(), dict(seen or {})      # id -> (number, what keeps its id)
+        self.files: set[str] = set()
 
     def say(self, *parts: object) -> None:
         for part in parts:
@@ -72,7 +78,9 @@ class _Told:
         kind = type(value)
         self.say(f"{kind.__module__}.{kind.__qualname__}")
         if isinstance(value, Enum):
-            self.say(value.name)
+            self.say(value.name, value.value if isinstance(value, Flag) else "")
+            if is_own(kind.__module__):
+                self.tell(kind, name)
         elif kind in _PLAIN:
             self.say(value if kind is bytes else repr(value))
         elif isinstance(value, str):
@@ -82,7 +90,7 @@ class _Told:
         elif isinstance(value, (tuple, list)):
             self.say(len(value))
             self.each(value, name)
-        elif isinstance(value, dict):
+        elif isinstance(value, (dict, MappingProxyType)):
             self.unordered(value.items(), name)
         elif isinstance(value, (set, frozenset)):
             self.unordered(((one,) for one in value), name)
@@ -112,7 +120,8 @@ class _Told:
             return
         self.seen[id(value)] = len(self.seen), value
         if isinstance(value, CodeType):
-            self.say(value.co_code, value.co_names, value.co_varnames, value.co_freevars)
+            self.say(value.co_code, value.co_names, value.co_varnames, value.co_freevars, value.co_exceptiontable)
+            self.say(value.co_argcount, value.co_posonlyargcount, value.co_kwonlyargcount, value.co_flags & _TAKES_MORE)
             self.each(value.co_consts, name)
         elif isinstance(value, functools.partial):
             self.each((value.func, value.args, value.keywords), name)
@@ -147,6 +156,7 @@ class _Told:
             if used in function.__globals__:
                 self.say(used)
                 self.tell(function.__globals__[used], f"{used}, which {function.__name__}() reads,")
+        self.of_imports(function.__code__, _package(function.__globals__))
         for chain in sorted(_chains(function.__code__)):
             inner = function.__globals__.get(chain[0])
             for at, attribute in enumerate(chain[1:], 1):
@@ -156,6 +166,20 @@ class _Told:
                 if at == len(chain) - 1:
                     self.say(*chain)
                     self.tell(inner, f"{'.'.join(chain)}, which {function.__name__}() reads,")
+
+    def of_imports(self, code: CodeType, package: str) -> None:
+        """Modules of your own that code imports as it runs, by their files: so it does not matter whether they are imported."""
+        for module, *names in sorted(_imports(code, package)):
+            above = (module[:at] for at, letter in enumerate(module) if letter == ".")
+            for one in (*above, module, *(f"{module}.{name}" for name in names)):
+                if one in self.files or not (file := _source(one)):
+                    continue
+                self.files.add(one)
+                self.say(one)
+                with contextlib.suppress(OSError, SyntaxError, ValueError):      # it fails when it is imported
+                    inner = compile(Path(file).read_bytes(), one, "exec", dont_inherit=True)
+                    self.tell(inner, one)
+                    self.of_imports(inner, one if file.endswith("__init__.py") else one.rpartition(".")[0])
 
     def of_made(self, value: object, name: str) -> None:
         """What a library made of something of yours, and has no name for: a method of a dict, what a factory returned."""
@@ -171,14 +195,27 @@ class _Told:
             raise _untold(value, name)
 
     def of_class(self, kind: type, name: str) -> None:
-        """Its methods and plain attributes; what else hangs on a class says nothing about results."""
+        """Its methods, and attributes of plain values and containers; what else hangs on a class says nothing about results."""
         self.each((base for base in kind.__bases__ if base is not object), name)
+        if issubclass(kind, Enum):
+            self.each(((member, one.value) for member, one in kind.__members__.items()), name)
         for attribute, value in sorted(vars(kind).items()):
-            for inner in ("__func__", "fget", "func"):   # a class' method, a property, a cached one
-                value = getattr(value, inner, value)
-            if isinstance(value, (*_PLAIN, str, FunctionType)) and attribute not in ("__doc__", "__firstlineno__"):
+            value = _unwrapped(value)
+            dunder = attribute.startswith("__") and attribute.endswith("__")
+            if isinstance(value, (*_PLAIN, str, FunctionType)) and attribute not in ("__doc__", "__firstlineno__") or (
+                    isinstance(value, _HELD) and not dunder and not (issubclass(kind, Enum) and attribute.startswith("_"))):
                 self.say(attribute)
                 self.tell(value, f"{name}.{attribute}")
+
+
+def _unwrapped(value: object) -> object:
+    """The function in a method of a class, a property, a cached one."""
+    if isinstance(value, functools.partialmethod):
+        return functools.partial(value.func, *value.args, **value.keywords)
+    for inner in ("__func__", "fget", "func", "__wrapped__"):
+        if not isinstance(value, (FunctionType, functools.partial, type)):
+            value = getattr(value, inner, value)
+    return value
 
 
 def _untold(value: object, name: str) -> LabError:
@@ -219,6 +256,21 @@ def _imports(code: CodeType, package: str) -> set[tuple[str, ...]]:
     return found.union(*(_imports(inner, package) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
+def _source(module: str) -> str:
+    """The file of a module of your own, found without importing anything; "" of any other."""
+    paths, spec = None, None
+    for at in range(1, len(parts := module.split(".")) + 1):
+        try:
+            spec = PathFinder.find_spec(".".join(parts[:at]), paths)
+        except (ImportError, ValueError):
+            return ""
+        if spec is None:
+            return ""
+        paths = spec.submodule_search_locations or ()
+    own = parts[0] != "llmlab" and _own_file(spec.origin) and spec.origin.endswith(".py")
+    return spec.origin if own else ""
+
+
 def _package(names: dict) -> str:
     """Of a module, or of what is in one, by its globals."""
     return names.get("__package__") or (names.get("__name__") or "").rpartition(".")[0]
@@ -249,8 +301,11 @@ def is_own(module: str) -> bool:
     """Whether a module is the user's: neither llmlab's nor from where libraries are installed."""
     if module == "__main__":
         return True
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return bool(file) and module.partition(".")[0] != "llmlab" and not file.startswith(_LIBRARIES)
+    return module.partition(".")[0] != "llmlab" and _own_file(getattr(sys.modules.get(module), "__file__", None))
+
+
+def _own_file(file: str | None) -> bool:
+    return bool(file) and not file.startswith(_LIBRARIES) and _INSTALLED.isdisjoint(Path(file).parts)
 
 
 def _version(module: str) -> str:
