@@ -172,7 +172,7 @@ def test_points_may_be_a_list_and_lack_what_has_a_default():
     done = sweep(pair, [{"x": 1}, {"x": 2, "y": 5}, {"x": 1}], progress=False)
     assert [row["total"] for row in done.table] == [2, 7, 2] and [row["y"] for row in done.table] == [None, 5, None]
     assert sweep(pair, [], progress=False).answer == "0 of 0 points, 0 from before, 0 failed."
-    assert len(sweep(lambda: 7, {}, progress=False).table) == 1
+    assert len(sweep(lambda: 7, [{}], progress=False).table) == 1
 
 
 @pytest.mark.parametrize(("result", "columns"), [
@@ -184,6 +184,7 @@ def test_what_is_returned_becomes_columns(result, columns):
 
 @pytest.mark.parametrize(("grid", "said"), [
     ({"x": "Q4_0"}, "x is 'Q4_0', not several values"), ({"x": 3}, "x is 3, not several values"), (5, "grid is 5"),
+    ({}, "the grid is empty; "),
     ([3], "point 0 is 3"), ({"z": [1]}, "does not take z=1"), ([{}], "missing a required argument: 'x'"),
     ({"x": [object()]}, "x of x=<object object"), ({"x": [open]}, None)])
 def test_a_grid_that_is_none_is_one_clear_line(grid, said):
@@ -197,10 +198,19 @@ def test_a_grid_that_is_none_is_one_clear_line(grid, said):
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"backend": "slurm"}, "there are loky, threading, dask, ray"), ({"n_jobs": 0}, "n_jobs is 0"),
-    ({"on_error": "stop"}, '"keep" or "raise"'), ({"folder": "/dev/null/x"}, "cannot be written")])
+    ({"on_error": "stop"}, '"keep" or "raise"'), ({"folder": "/dev/null/x"}, "cannot be written"),
+    ({"folder": 3}, "folder is 3; give a path"),
+    ({"folder": "a\0b"}, "cannot be written"), ({"folder": "~nobody-at-all/x"}, "give a path"),
+    ({"name": 3}, "name is 3; give a text"), ({"n_jobs": np.float64(1)}, "n_jobs is"), ({"n_jobs": True}, "n_jobs is True")])
 def test_an_option_that_cannot_be_is_one_clear_line(options, said):
     with pytest.raises(LabError, match=said):
         sweep(pair, GRID, progress=False, **options)
+
+
+def test_a_folder_may_lie_in_the_home_and_a_number_of_workers_be_numpy_s(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = sweep(pair, {"x": [1]}, folder="~/sw", n_jobs=np.int64(1), progress=False)
+    assert done.folder == tmp_path / "sw" and len(list(done.folder.iterdir())) == 1
 
 
 # -- what a result is found by ----------------------------------------------------------------------------------------

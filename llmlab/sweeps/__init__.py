@@ -129,12 +129,14 @@ def sweep(function: Callable, grid: Mapping[str, Sequence] | Sequence[Mapping], 
     """
     if on_error not in ("keep", "raise"):
         raise LabError(f'on_error is {on_error!r:.40}; it is "keep" or "raise"')
+    if name is not None and not isinstance(name, str):
+        raise LabError(f"name is {name!r:.40}; give a text, or leave it out")
     points = _points(function, grid)
     used = backend_of(backend, n_jobs)
     whose = key_of(("key", key)) if key is not None else key_of(("the function", function))
     keys = [key_of(("the function", whose), *((f"{parameter} of {_shown(point)}", (parameter, value))
                                               for parameter, value in sorted(point.items()))) for point in points]
-    kept = Kept(Path(folder) if folder else places.cache() / "sweeps" / _safe(name or name_of(function)))
+    kept = Kept(_folder(folder) if folder else places.cache() / "sweeps" / _safe(name or name_of(function)))
     run = _Run(name or name_of(function), points, keys, kept, progress)
     if not fresh:
         run.find(partial(bring, function))
@@ -310,6 +312,8 @@ def _points(function: Callable, grid: Mapping | Iterable) -> list[dict]:
     if not callable(function):
         raise LabError(f"{str(function)!r:.60} cannot be called; sweep(function, grid)")
     if isinstance(grid, Mapping):
+        if not grid:
+            raise LabError("the grid is empty; give {parameter: values}, or [{}] for one call without any")
         for parameter, values in grid.items():
             if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
                 raise LabError(f"{parameter} is {values!r:.60}, not several values; write {parameter}=[{values!r:.60}]")
@@ -360,6 +364,13 @@ def _fields(result: object) -> dict:
 def _shown(point: Mapping) -> str:
     """`quant=Q4_K_M, context=8192`, on one line."""
     return show_path(", ".join(f"{name}={value!s:.60}" for name, value in point.items())) or "the only point"
+
+
+def _folder(given: str | os.PathLike) -> Path:
+    try:
+        return Path(given).expanduser()
+    except (TypeError, RuntimeError):                    # RuntimeError: no such user's home
+        raise LabError(f"folder is {given!r:.60}; give a path") from None
 
 
 def _safe(name: str) -> str:

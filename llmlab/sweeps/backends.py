@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import joblib
 from joblib.externals.loky.process_executor import BrokenProcessPool
@@ -56,8 +57,9 @@ def backend_of(name: str | None, jobs: int | None) -> Backend:
     """The backend of that name; None is this computer. Raises LabError where it is unknown, not installed, not connected."""
     if name is not None and name not in BACKENDS:
         raise UnknownName(f"backend is {str(name)!r:.40}; there are {', '.join(BACKENDS)}, and None for this computer")
-    if jobs is not None and (not isinstance(jobs, int) or isinstance(jobs, bool) or jobs == 0):
+    if jobs is not None and (not isinstance(jobs, Integral) or isinstance(jobs, bool) or jobs == 0):
         raise LabError(f"n_jobs is {jobs!r:.40}; it is a number of workers, or -1 for one a core")
+    jobs = jobs if jobs is None else int(jobs)           # of numpy too
     if name == "dask":
         return _dask()
     if name == "ray":

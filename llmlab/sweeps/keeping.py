@@ -20,7 +20,7 @@ class Kept:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:           # ValueError: a NUL in it
             raise _unwritable(folder, error) from None
 
     def path(self, key: str) -> Path:
@@ -68,5 +68,6 @@ class Kept:
             part.unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, error: OSError) -> LabError:
-    return LabError(f"{show_path(str(path))} cannot be written: {error.strerror or error}; give another folder=")
+def _unwritable(path: Path, error: OSError | ValueError) -> LabError:
+    why = getattr(error, "strerror", None) or error
+    return LabError(f"{show_path(str(path))} cannot be written: {why}; give another folder=")

@@ -41,7 +41,8 @@ def encoded(value: object) -> bytes:
 
 
 def decoded(data: bytes, bring: Callable[[str], object] = str) -> Any:
-    """`bring` may import a module that is named and not imported; without it nothing is imported but llmlab's own modules.
+    """`bring` may import a module that is named and not imported; without it nothing is imported but llmlab's own modules
+    (and what they import).
 
     Raises ValueError (or another, of damaged bytes) for what is no result, or is of a class that is not here."""
     return _In(bring).of(json.loads(data))
