@@ -268,6 +268,13 @@ def test_bad_addresses(addresses):
         fit_hosts().command("ollama")
 
 
+def test_an_address_of_two_hosts_is_refused():
+    plan = fit_hosts(hosts=[["rtx-3090-24gb"]] * 3)
+    for addresses in (["10.0.0.1", "10.0.0.2", "10.0.0.2"], ["10.0.0.2", "10.0.0.3", "10.0.0.2"]):
+        with pytest.raises(llmlab.LabError, match="'10.0.0.2' is the address of two hosts; give each its own"):
+            plan.command(addresses=addresses)
+
+
 @pytest.mark.parametrize(("text", "id"), [
     ("ethernet-10g", "eth-10g"), ("10GbE", "eth-10g"), ("2.5 GbE", "eth-2.5g"), ("1g", "eth-1g"), ("Wi-Fi 6", "wifi6-2x2"),
     ("ETH-100G", "eth-100g"), ("thunderbolt-5", "thunderbolt-5")])

@@ -44,6 +44,9 @@ def _addresses(p: "HostsPlan", given: Sequence[str] | None, notes: list[str]) ->
     wrong = next((a for a in given if not isinstance(a, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", a)), None)
     if wrong is not None:
         raise LabError(f"{str(wrong)[:60]!r} is no address; give an IPv4 address or a host's name, without a port")
+    twice = next((a for at, a in enumerate(given) if a.lower() in {other.lower() for other in given[:at]}), None)
+    if twice is not None:
+        raise LabError(f"{twice!r:.60} is the address of two hosts; give each its own")
     named = next((a for a in given[1:] if not re.fullmatch(r"(\d{1,3}\.){3}\d{1,3}", a)), None)
     if named is not None and p.engine == "llama.cpp":
         raise LabError(f"{named!r:.60} is no IPv4 address, and ggml-rpc-server listens on nothing else; give one like 10.0.0.2")
