@@ -70,7 +70,8 @@ def amount_of(given, what: str = "cap") -> float:
 
 @dataclass(frozen=True)
 class Month:
-    """spent: settled, in the currency. reserved: not settled, of calls that are being made or were cut off. calls: made."""
+    """spent: settled, in the currency. reserved: not settled, of calls that are being made or were cut off. calls: those
+    counted against a router's `N per month`, and no others."""
 
     spent: float
     reserved: float
