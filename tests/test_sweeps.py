@@ -496,6 +496,12 @@ def test_a_result_of_a_module_that_is_not_imported_yet_is_kept_and_found(options
         forgotten()
 
 
+def test_what_could_not_be_opened_stays_where_it_is_not_computed_anew(late_module):
+    folder = sweep(later, {"x": [1]}, key=1, progress=False).folder
+    forgotten()
+    assert sweep(failing, {"x": [1]}, key=1, folder=folder, progress=False).failures and len(list(folder.iterdir())) == 2
+
+
 def test_finding_a_result_imports_nothing_that_the_function_does_not_name(late_module):
     sweep(later, {"x": [1]}, progress=False)
     forgotten()
@@ -710,6 +716,19 @@ def test_a_cluster_gives_what_one_process_gives(cluster, tmp_path):
     mine = {one["opened"] for one in done.results if one}
     assert len(mine) == len(set(os.listdir(tmp_path)) - before) == len(done.workers) <= 2
     assert sweep(studied, grid, progress=False).found == 5
+
+
+def test_what_cannot_be_kept_comes_back_from_a_cluster(cluster):
+    def local(x):
+        @dataclass
+        class Local:
+            x: int
+
+        return [Local(x), lambda: Local(x)]
+
+    done = sweep(local, {"x": [1, 2]}, backend=cluster, progress=False)
+    assert [(one.x, two().x) for one, two in done.results] == [(1, 1), (2, 2)] and not done.failures
+    assert done.notes[0].startswith("2 results could not be kept (function cannot be kept")
 
 
 def test_workers_of_a_cluster_that_are_killed_cost_only_what_they_were_at(cluster, tmp_path):

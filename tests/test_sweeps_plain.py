@@ -12,6 +12,7 @@ from enum import Enum, Flag, IntFlag
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
+from typing import Generic, TypeVar
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ import llmlab
 from llmlab.catalog import Table
 from llmlab.quality.statistics import Estimate
 from llmlab.sweeps.plain import decoded, encoded
+
+T = TypeVar("T")
 
 
 class Colour(Enum):
@@ -75,6 +78,11 @@ class Titled(dict):
     title: str = ""
 
 
+@dataclass
+class Box(Generic[T]):
+    inside: T
+
+
 class Slotted:
     __slots__ = ("lost",)
 
@@ -86,7 +94,7 @@ class OfSlotted(Slotted):
 
 VALUES = [None, True, 0, -(10**30), 0.1, -math.inf, "ü\ud800\n", b"\0\xff", 1 + 2j, (1, (2,)), [], [[1]], {1, 2},
           frozenset({"a"}), {1: "a", (1, 2): {"b": None}, None: 1}, range(1, 9, 2), Path("a/b"), Colour.RED, Point(1, (2,)),
-          Estimate(1.5, 0.1), {"array": 1}, {"dict": [[1, 2]]}, MappingProxyType({"a": 1}), Counter("aab"),
+          Estimate(1.5, 0.1), Box[int](1), {"array": 1}, {"dict": [[1, 2]]}, MappingProxyType({"a": 1}), Counter("aab"),
           OrderedDict(b=1, a=2), date(2024, 2, 29), datetime(2024, 1, 1, 2, 3, 4, 5), datetime(2024, 1, 1, tzinfo=UTC),
           timedelta(-1, 5, 7), PurePosixPath("a"), PureWindowsPath("C:/a"), np.str_("ab\0"), np.bytes_(b"ab\0"),
           Switch.A | Switch.B, Switch(0), Bits(5), re.I | re.M, Table([{"a": 1}])]

@@ -137,7 +137,7 @@ def sweep(function: Callable, grid: Mapping[str, Sequence] | Sequence[Mapping], 
     keys = [key_of(("the function", whose), *((f"{parameter} of {_shown(point)}", (parameter, value))
                                               for parameter, value in sorted(point.items()))) for point in points]
     kept = Kept(_folder(folder) if folder else places.cache() / "sweeps" / _safe(name or name_of(function)))
-    run = _Run(name or name_of(function), points, keys, kept, progress)
+    run = _Run(name or name_of(function), points, keys, kept, progress, fresh)
     if not fresh:
         run.find(partial(bring, function))
     try:
@@ -153,8 +153,9 @@ def sweep(function: Callable, grid: Mapping[str, Sequence] | Sequence[Mapping], 
 class _Run:
     """One sweep as it goes on."""
 
-    def __init__(self, name: str, points: list[dict], keys: list[str], kept: Kept, progress: Progress):
-        self.name, self.points, self.keys, self.kept, self.progress = name, points, keys, kept, progress
+    def __init__(self, name: str, points: list[dict], keys: list[str], kept: Kept, progress: Progress, fresh: bool):
+        self.name, self.points, self.keys, self.kept = name, points, keys, kept
+        self.progress, self.fresh = progress, fresh
         self.values: dict[str, object] = {}
         self.failed: dict[str, tuple[str, str]] = {}
         self.found, self.work, self.workers, self.damaged = 0, 0.0, {}, []
@@ -199,13 +200,15 @@ class _Run:
                 value = done.brought()
             except Exception as wrong:
                 error = f"what it returned is lost: {unkept}; {line_of(wrong).removeprefix('ValueError: ')}"
+        if self.fresh and (error or unkept):
+            self.kept.remove(key, ".result")             # an older one, which would hide this from the next call
         if error:
             self.failed[key] = error, lines
             self.kept.put_failure(key, f"{_shown(self.points[self.keys.index(key)])}\n{error}\n\n{lines}")
             return error
         if unkept:
             self.unkept[key] = unkept
-            self.kept.remove(key)
+            self.kept.remove(key, ".failure")
         else:
             self.kept.put(key, done.seconds, done.returned)
         self.values[key] = value

@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum, Flag
 from importlib import import_module
 from importlib.machinery import PathFinder
-from importlib.util import resolve_name
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 
@@ -258,10 +258,10 @@ def _imports(code: CodeType, package: str) -> set[tuple[str, ...]]:
 
 def _source(module: str) -> str:
     """The file of a module of your own, found without importing anything; "" of any other."""
-    paths, spec = None, None
+    paths: Iterable[str] = ()
     for at in range(1, len(parts := module.split(".")) + 1):
-        try:
-            spec = PathFinder.find_spec(".".join(parts[:at]), paths)
+        try:                                             # of what is at the top find_spec imports nothing
+            spec = PathFinder.find_spec(".".join(parts[:at]), paths) if at > 1 else find_spec(parts[0])
         except (ImportError, ValueError):
             return ""
         if spec is None:

@@ -45,17 +45,15 @@ class Kept:
         """Raises LabError where the file cannot be written."""
         body = _SECONDS.pack(seconds) + result
         self._write(self.path(key), _HEAD + hashlib.sha256(body).digest() + body)
-        self.path(key).with_suffix(".failure").unlink(missing_ok=True)
+        self.remove(key, ".failure")
 
     def put_failure(self, key: str, text: str) -> None:
-        """In place of a result, which would hide it from the next call. Raises LabError where the file cannot be written."""
+        """Raises LabError where the file cannot be written."""
         self._write(self.path(key).with_suffix(".failure"), text.encode("utf-8", "replace"))
-        self.path(key).unlink(missing_ok=True)
 
-    def remove(self, key: str) -> None:
-        """What an earlier call has left of it."""
-        self.path(key).unlink(missing_ok=True)
-        self.path(key).with_suffix(".failure").unlink(missing_ok=True)
+    def remove(self, key: str, suffix: str) -> None:
+        """A ".result" or a ".failure" that an earlier call has left."""
+        self.path(key).with_suffix(suffix).unlink(missing_ok=True)
 
     def _write(self, path: Path, data: bytes) -> None:
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")

@@ -40,7 +40,7 @@ def encoded(value: object) -> bytes:
     return json.dumps(_Out().of(value)).encode()
 
 
-def decoded(data: bytes, bring: Callable[[str], object] = str) -> Any:
+def decoded(data: bytes, bring: Callable[[str], object] = lambda module: None) -> Any:
     """`bring` may import a module that is named and not imported; without it nothing is imported but llmlab's own modules
     (and what they import).
 
@@ -113,7 +113,7 @@ class _Out:
             raise _refused(kind, f"{lost[0]} is a slot and no field of it; make it a field")
         told, beyond = {name: self.of(getattr(value, name)) for name in own}, {}
         for name in held:
-            if name in own or isinstance(getattr(kind, name, None), cached_property):
+            if name in own or name == "__orig_class__" or isinstance(getattr(kind, name, None), cached_property):
                 continue
             if own and name.startswith("_") and kind.__module__.startswith("llmlab."):
                 continue                                       # what a ModelSpec remembers
