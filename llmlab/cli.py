@@ -37,6 +37,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but wrong usage is one line like every other error."""
 
     def error(self, message: str):
+        if message.endswith("expected one argument"):
+            message += ", and what begins with '-' is none"
         raise LabError(f"{message}; {self.prog} --help says more")
 
 
@@ -393,7 +395,9 @@ def _hosts(a: argparse.Namespace, rest: list[str]) -> None:
         return _show_command(plan.command(addresses=a.address), a.json)
     if a.json:
         return _print_json(plan.to_dict())
-    print(f"{plan.answer}\n{plan.table}\n\n{plan.traffic_table}")
+    print(f"{plan.answer}\n{plan.table}")
+    if plan.traffic_table:
+        print(f"\n{plan.traffic_table}")
 
 
 def _fits(a: argparse.Namespace, rest: list[str]) -> None:

@@ -13,7 +13,7 @@ import re
 import shutil
 import socket
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -63,10 +63,10 @@ class Machine:
     swap_total: int
     cards: tuple[catalog.Gpu, ...]
     disks: tuple[Disk, ...]
-    versions: dict[str, str]
+    versions: dict[str, str] = field(hash=False)
     torch_build: str | None  # "cpu", "cuda 13.0", "rocm 6.4"; None without torch
     missing: tuple[tuple[str, str], ...]  # (name, what it means here)
-    calibration: Calibration | None = None  # what calibrate() measured, here or in an earlier process
+    calibration: Calibration | None = field(default=None, hash=False)  # what calibrate() measured, here or before
     calibration_note: str | None = None  # why a stored calibration is not this machine's, or cannot be read
 
     @property

@@ -166,6 +166,7 @@ def test_doctor_calibrates_first_when_asked(capsys, monkeypatch, tmp_path):
     (["fit"], "MODEL"), (["fit", "llama-3-8b", "--jsn"], "--jsn"), (["nosuch"], "nosuch"), (["size", "a", "b", "c"], "'c'"),
     (["fit", "llama-3-8b", "--gpu-layers=--5"], "gpu_layers"),
     (["fit", "llama-3-8b", "--gpu", "none", "--gpu", "none"], "none"),
+    (["fit", "llama-3-8b", "--host", "-8GiB"], "what begins with '-' is none"),
     (["fit", "llama-3-8b", "--host", "0"], "host"), (["fit", "llama-3-8b", "--host", "9" * 400], "size"),
     (["fit", "/dev/zero"], "regular file"), (["fit", "llama-3-8b", "--context", "lots"], "context"),
     (["fit", "llama-3-8b", "--n-cpu-moe", "some"], "n_cpu_moe"), (["fits", "rtx-9999"], "rtx"), (["fits", "--kv", "q9"], ""),

@@ -390,6 +390,7 @@ def test_this_machine_agrees_with_the_kernel():
     assert here.disks and all(0 < d.free <= d.total for d in here.disks)
     assert here.versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert here.cards or here.missing
+    assert hash(here) == hash(dataclasses.replace(here))                         # panels remember by it
     assert json.loads(json.dumps(here.to_dict(), allow_nan=False))["cpu"]["threads"] == here.cpu.threads
 
 

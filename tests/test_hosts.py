@@ -106,7 +106,8 @@ def test_the_example_of_the_readme():
 def test_what_does_not_fit_says_so():
     plan = fit_hosts("llama-3-70b", [["rtx-3060-12gb"], ["rtx-3060-12gb"]])
     assert plan.partial and plan.verdict == "does not fit" and plan.layers["head/RAM"].start == 0
-    assert "does not fit" in plan.answer and f"{plan.gpu_layers} of 81" in plan.answer
+    assert f"{plan.gpu_layers} of 81 layers go on the cards (" in plan.answer            # what goes there is not what is needed
+    assert "does not fit GeForce RTX 3060 12GB (head) and GeForce RTX 3060 12GB (worker1). " in plan.answer
 
 
 # ---- llama.cpp's messages -------------------------------------------------------------------------------------------

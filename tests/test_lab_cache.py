@@ -163,6 +163,13 @@ def test_the_ram_alone_is_a_card_too():
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
+def test_this_machine_is_a_card_too(state):
+    state.card = "this machine"
+    assert not state.error and "longest context that fits" in state.answer
+    state.context = 4096
+    assert not state.error and state.answer.startswith("4,096 tokens")
+
+
 def test_the_figures_show_the_numbers(state):
     look = state.look
     bars = tokens_picture(look)["data"]

@@ -165,6 +165,16 @@ def test_no_compiler_is_a_line_and_the_others_are_measured(state, here, monkeypa
     assert state.verdict == ("The compiled way was not measured: no C++ compiler was found (g++ or clang++).")
 
 
+def test_what_was_never_compiled_is_said_and_not_made(state, monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(compile_state, "ceilings", lambda: LIMITS)
+    monkeypatch.setattr(compiling, "compiler", lambda: "c++")
+    state.run()
+    assert list(state.profiles) == ["eager", "lean"] and not list(tmp_path.rglob("*.pt2"))
+    assert state.verdict == ("The compiled way was not measured: it must be compiled for this processor first, once, which "
+                             "takes a minute or two.")
+
+
 def test_it_is_stopped_and_begun_again(state, here, monkeypatch):
     monkeypatch.setattr(compile_state, "ceilings", lambda: LIMITS)
     monkeypatch.setattr(compile_state, "profiles", lambda *_, stopped: state.end() or None)

@@ -367,6 +367,7 @@ def test_levers_are_ranked_and_can_be_pulled():
         assert then.decode == pytest.approx(step.decode) and step.times == pytest.approx(then.decode[1] / p.predict().decode[1])
         assert step.times > 1
     assert "tokens/s" in repr(found) and "<table>" in found._repr_html_() and len(found[:2]) == 2
+    assert "no lever makes a token quicker" in repr(found[:0]) and "no lever makes" in found[:0]._repr_html_()
     assert "layout" in {step.name for step in plan("llama-3-8b", gpu="none", gpu_budget="3 GiB", host="16 GiB").levers()}
     drafts = next(step for step in found if step.name == "drafts")
     assert "same answers" in drafts.costs and drafts.times == pytest.approx((1 - 0.6**5) / 0.4, rel=0.05)   # the drive binds

@@ -40,7 +40,8 @@ def _addresses(p: "HostsPlan", given: Sequence[str] | None, notes: list[str]) ->
         notes.append(f"Put the hosts' addresses in their private network for {', '.join(found.values())}.")
         return found
     if isinstance(given, str) or len(given) != len(names):
-        raise LabError(f"addresses is {str(given)[:60]!r}; give one for each of {', '.join(names)}")
+        said = given if isinstance(given, str) else ", ".join(map(str, given))
+        raise LabError(f"addresses is {said[:60]!r}; give one for each of {', '.join(names)}")
     wrong = next((a for a in given if not isinstance(a, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", a)), None)
     if wrong is not None:
         raise LabError(f"{str(wrong)[:60]!r} is no address; give an IPv4 address or a host's name, without a port")

@@ -15,16 +15,19 @@ def answer(p: "HostsPlan") -> str:
     s = p.settings
     cards = {name: d for name, d in p.devices.items() if name != "head/RAM"}
     text = (f"{p.spec.title} in {s.quant} with {s.context:,} token{'s' if s.context > 1 else ''} of context {_SAYS[p.verdict]} "
-            f"{_hosts(p)}: {format_bytes(sum(d.used for d in cards.values()))} of "
-            f"{format_bytes(sum(d.free for d in cards.values()))}.")
+            f"{_hosts(p)}")
+    taken = f"{format_bytes(sum(d.used for d in cards.values()))} of {format_bytes(sum(d.free for d in cards.values()))}"
+    after = _travels(p) + _speed(p) + _loading(p)
     worst = next((d for verdict in ("does not fit", "may spill") for d in p.devices.values() if d.verdict == verdict), None)
     if p.partial:
-        text += f" {p.gpu_layers} of {len(p.spec.layers) + 1} layers go on the cards, the rest stays in the head's RAM."
-    elif worst is None and not p.fits:
-        text += " vLLM may find less free on a card than the share it reserves; a smaller utilization starts."
-    elif worst:
+        rest = "the rest stays in the head's RAM"
+        return f"{text}. {p.gpu_layers} of {len(p.spec.layers) + 1} layers go on the cards ({taken}), {rest}.{after}"
+    text += f": {taken}."
+    if worst:
         text += f" {worst.name} decides: it needs {format_bytes(worst.used)} of {format_bytes(worst.free)}."
-    return text + _travels(p) + _speed(p) + _loading(p)
+    elif not p.fits:
+        text += " vLLM may find less free on a card than the share it reserves; a smaller utilization starts."
+    return text + after
 
 
 def _hosts(p: "HostsPlan") -> str:

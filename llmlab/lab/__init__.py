@@ -36,4 +36,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_RUNNING])
+    return sorted({*globals(), *_RUNNING})

@@ -13,6 +13,7 @@ from ..hardware import ram_available
 from ..kernels.packing import STRATEGIES
 from ..loading import load
 from ..roofline import Ceilings, Op, Profile, ceilings, profiles
+from ..runtime.compiling import NotPackaged
 from ..runtime.decoder import Decoder
 from ..runtime.generating import Memory
 from ..units import format_bytes, format_rate
@@ -26,10 +27,6 @@ ABOUT = {EAGER: "the modules of transformers, as llmlab.load makes them", LEAN: 
 CONTEXTS = (16, 64, 256, 1024)
 CLAIM = 1.3              # "up to 30 % faster": MLC, of compiling for the specific hardware
 SETTINGS = {"file": None, "strategy": "auto", "context": 64, "way": LEAN}
-
-
-class _NotMade(Exception):
-    """Something would have to be compiled first."""
 
 
 class CompileState(settable(SETTINGS), Background):
@@ -228,12 +225,9 @@ class CompileState(settable(SETTINGS), Background):
         def said(text: str) -> None:
             self._say(f"{text[:1].upper()}{text[1:]}: half a minute or more.")
             if not compile:
-                raise _NotMade
+                raise NotPackaged("it must be compiled for this processor first, once, which takes a minute or two")
 
-        try:
-            found = Decoder.open(file, strategy=strategy, compile=True, progress=said)
-        except _NotMade:
-            raise LabError("it must be compiled for this processor first, once, which takes a minute or two") from None
+        found = Decoder.open(file, strategy=strategy, compile=True, progress=said)
         if found.compiled is None:
             raise LabError(found.why.split(";")[0].removeprefix("not compiled: "))
         return found

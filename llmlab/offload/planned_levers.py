@@ -53,6 +53,12 @@ class Steps(catalog.Listed):
                                "high": s.decode[2], "times": s.times, "then": s.binds, "costs": s.costs} for s in self._rows),
                              {"tokens/s": number, "low": number, "high": number, "times": "x{:.2f}".format})
 
+    def __repr__(self) -> str:
+        return super().__repr__() if len(self) else "(no lever makes a token quicker by more than one per cent)"
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() if len(self) else f"<p>{self!r}</p>"
+
 
 def steps(plan: "Plan") -> Steps:
     """Every lever that makes a token quicker, best first; those that change less than one per cent are left out."""
